@@ -1,0 +1,145 @@
+"""What an engine is built with: checked once, frozen, never rewritten. The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+
+from dlx.errors import ConfigError, PolicyError
+from dlx.graphs.capture import MODES, Mode
+from dlx.graphs.policies import POLICIES, Policy, named
+from dlx.models.card import Card
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Environment(NamedTuple):
+    """What dlx reads of the process environment."""
+
+    threads: int | None  # OMP_NUM_THREADS, where it is a number
+
+
+def environment() -> Environment:
+    """Read the environment now."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return Environment(int(threads) if threads.isdigit() and int(threads) > 0 else None)
+
+
+class Config(BaseModel):
+    """The resolved configuration of one engine; `from_args` builds it. Sizes in tokens, pages and rows.
+
+    model         checkpoint folder
+    policy        decoding strategy, not yet bound to a card
+    graphs        off: eager; compile: Inductor; capture: Inductor and CUDA graphs
+    device, dtype where and in what the network runs
+    block_length  tokens a block, of those the model was trained for; None takes the policy's or the card's
+    max_num_seqs  rows that decode at once
+    max_model_len tokens of prompt and answer; None takes the model's, 4096 at most
+    page_size     tokens a K/V page, a multiple of the block length; None takes max(block length, 16)
+    num_pages     pages in the pool; None takes what max_num_seqs rows need and memory allows
+    load_format   safetensors, or dummy: random weights of the true shape
+    seed          of dummy weights
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: Path
+    policy: InstanceOf[Policy]
+    graphs: Mode
+    device: str
+    dtype: Dtype
+    block_length: int | None = Field(default=None, ge=1, le=256)
+    max_num_seqs: int = Field(default=8, ge=1, le=1024)
+    max_model_len: int | None = Field(default=None, ge=1)
+    page_size: int | None = Field(default=None, ge=1, le=1024)
+    num_pages: int | None = Field(default=None, ge=1)
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    seed: int = 0
+
+    @staticmethod
+    def from_args(
+        model: str | Path | None = None,
+        policy: str | Policy = "single_bd",
+        graphs: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        **rest: Any,
+    ) -> Config:
+        """Fill in what was left open, for this machine. Raises ConfigError or PolicyError."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = device.split(":")[0] == "cuda"
+        values = {
+            "model": TINY if model is None else model,
+            "policy": named(policy),
+            "graphs": graphs or ("capture" if on_gpu else "off"),
+            "device": device,
+            "dtype": dtype or ("bfloat16" if on_gpu else "float32"),
+            **rest,
+        }
+        try:
+            config = Config(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{name}={first['input']!r} is not allowed: {first['msg']}") from None
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise ConfigError for what this machine cannot do."""
+        kind = self.device.split(":")[0]
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
+        if self.graphs == "capture" and kind != "cuda":
+            raise ConfigError(f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+assert set(get_args(Mode)) == set(MODES)
+
+
+class Geometry(NamedTuple):
+    """The sizes that model, policy and configuration agree on."""
+
+    S: int  # tokens a page
+    max_len: int  # tokens of prompt and answer
+
+
+def bind(policy: Policy, card: Card, block_length: int | None) -> Policy:
+    """The policy with the block length it will run at. Raises PolicyError for one the model was not trained for."""
+    L = block_length or policy.L or card.blocks[0]
+    if L not in card.blocks:
+        trained = ", ".join(map(str, card.blocks))
+        raise PolicyError(
+            f"blocks of {L} tokens do not suit this {card.family} checkpoint, which was trained with {trained}; "
+            f"use block_length={card.blocks[0]}"
+        )
+    return replace(policy, L=L)
+
+
+def geometry(config: Config, card: Card, L: int) -> Geometry:
+    """Page size and longest row. Raises ConfigError where they do not fit the blocks."""
+    S = config.page_size or max(L, 16)
+    if S % L:
+        near = -(-S // L) * L
+        raise ConfigError(f"page_size={S} is not a multiple of the block length {L}; use {near}")
+    max_len = config.max_model_len or min(card.max_len, 4096)
+    if max_len > card.max_len:
+        raise ConfigError(f"max_model_len={max_len} passes the {card.max_len} positions of the model; use at most that")
+    return Geometry(S, max_len)
+
+
+def policy_names() -> list[str]:
+    """The named policies, for messages and help."""
+    return list(POLICIES)

@@ -1,0 +1,99 @@
+"""The loop: plan, launch, harvest. On a GPU one step overlaps: launch t + 1 is sent before t is read."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from dlx.config import Config
+from dlx.observe import span
+from dlx.pages import PagePool
+from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
+from dlx.scheduler import Scheduler
+from dlx.tokenizer import TextStream, Tokenizer
+from dlx.worker import Worker
+
+
+class Engine:
+    """Requests in, chunks out; the caller owns the loop and calls `step` until `idle`."""
+
+    def __init__(self, config: Config) -> None:
+        self.tokenizer = Tokenizer.load(config.model)
+        self.worker = Worker(config, self.tokenizer.size)
+        w = self.worker
+        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len)
+        self.lag = 1 if w.device.type == "cuda" else 0  # launches that may be unread when the next is sent
+        self._ids = itertools.count()
+        self._text: dict[int, tuple[TextStream, list[str]]] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return self.scheduler.idle
+
+    def add_all(self, requests: list[tuple[list[int], SamplingParams]]) -> list[int]:
+        """Queue requests and return their numbers; all of them, or none.
+
+        Raises RequestError  for one that can never run
+        """
+        fresh = [Request(next(self._ids), ids, params, time.monotonic()) for ids, params in requests]
+        for request in fresh:
+            self.scheduler.check(request)
+        for request in fresh:
+            self.scheduler.add(request)
+            self._text[request.id] = (self.tokenizer.stream(), [])
+        return [request.id for request in fresh]
+
+    def abort(self, id: int) -> None:
+        """Drop a request that has not finished; others go on. Unknown numbers are ignored."""
+        if self._text.pop(id, None) is not None:
+            slot = self.scheduler.abort(id)
+            if slot is not None:
+                self.worker.stop(slot)
+
+    def step(self, watch: bool = False) -> list[Chunk]:
+        """One turn of the loop; what it committed. With `watch`, chunks also hold the undecided window, one a turn."""
+        with span("plan"):
+            plan = self.scheduler.plan()
+        if plan is not None:
+            self.worker.launch(plan)
+        chunks: list[Chunk] = []
+        while self.worker.in_flight > (0 if watch or plan is None else self.lag):
+            if self.scheduler.idle:
+                self.worker.discard()
+                break
+            chunks += self._harvest(watch)
+        return chunks
+
+    def _harvest(self, watch: bool) -> list[Chunk]:
+        plan, replies = self.worker.harvest()
+        with span("take"):
+            chunks = [self._chunk(r, ids) for r, ids in self.scheduler.take(plan.running, replies)]
+            if not watch:
+                return chunks
+            news = {chunk.id: chunk for chunk in chunks}
+            return [self._watched(news, r, slot, replies[slot].n) for slot, r in plan.running.items()]
+
+    def _watched(self, news: dict[int, Chunk], request: Request, slot: int, n: int) -> Chunk:
+        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
+        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot)[max(n, request.tail) :])
+
+    def _chunk(self, request: Request, ids: list[int]) -> Chunk:
+        shown = ids[:-1] if request.finish is Finish.STOP else ids
+        stream, parts = self._text[request.id]
+        text = stream.add(shown)
+        if request.finish is not None:
+            text += stream.flush()
+        parts.append(text)
+        output = self._output(request, "".join(parts)) if request.finish is not None else None
+        return Chunk(request.id, text, shown, request.finish, [], output)
+
+    def _output(self, request: Request, text: str) -> Output:
+        del self._text[request.id]
+        now, began = time.monotonic(), request.arrived_s
+        assert request.finish is not None and request.admitted_s is not None
+        times = Timings(request.admitted_s - began, (request.first_s or now) - began, now - began)
+        shown = request.out[:-1] if request.finish is Finish.STOP else request.out
+        return Output(
+            request.id, request.prompt, text, shown, request.finish, len(request.out), request.nfe, request.prefills, times
+        )

@@ -1,0 +1,45 @@
+"""Every error that dlx raises on purpose.
+
+    DlxError
+    ├── ConfigError     a field or a combination of fields of the configuration
+    ├── PolicyError     a decoding policy that cannot work, or does not suit the model
+    ├── ModelError      a checkpoint: its folder, config.json, tensors, tokenizer
+    ├── ShapeError      a tensor given to an op: its shape, dtype, stride or device
+    ├── CapacityError   pages, slots or memory that are not there
+    ├── RequestError    the caller's request: prompt or sampling parameters
+    └── EngineError     ours: a step that failed
+
+A message says what is wrong, the value, what is allowed and what to do.
+"""
+
+
+class DlxError(Exception):
+    """The root of the tree; catch it to catch every deliberate error of dlx."""
+
+
+class ConfigError(DlxError):
+    """A configuration field, or a combination of fields, is not allowed."""
+
+
+class PolicyError(DlxError):
+    """A decoding policy is unknown, impossible, or not what the model was trained for."""
+
+
+class ModelError(DlxError):
+    """A checkpoint cannot be used: no folder, no weights, wrong tensors, unknown architecture."""
+
+
+class ShapeError(DlxError):
+    """An op was given a tensor of the wrong shape, dtype, stride or device."""
+
+
+class CapacityError(DlxError):
+    """Pages, slots or memory do not suffice."""
+
+
+class RequestError(DlxError):
+    """The caller's prompt or sampling parameters are not allowed."""
+
+
+class EngineError(DlxError):
+    """A step failed through no fault of the caller."""

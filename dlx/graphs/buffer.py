@@ -1,0 +1,118 @@
+"""The Block Buffer: one row a request slot, every tensor of fixed shape and fixed address.
+
+A row is a window of N + 1 places of L tokens over its sequence, blocks aligned to position 0. At most N places decode;
+the one more lets a decided block write its final K/V in the same forward in which the next blocks decode. A row's whole
+status is three facts: how many leading places are `open`, which of them are `whole`, and where the window `start`s.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUMBERS = ("accept", "open_at", "force_at", "temp")
+COUNTS = ("limit", "max_nfe", "ignore_eos")
+RUNNING, STOP, LENGTH, MAX_NFE, BAD = range(5)  # Outbox.why
+
+
+class BlockBuffer(NamedTuple):
+    """The rows' state, read and written by the step alone; `admit_` writes a row."""
+
+    tok: Tensor  # [B, N+1, L]       int32  window tokens
+    held: Tensor  # [B, N+1, L]       bool   given tokens (the prompt's tail), never edited
+    whole: Tensor  # [B, N+1]          bool   block is decided; its next forward writes its final K/V
+    open: Tensor  # [B]               int32  leading places that take part
+    start: Tensor  # [B]               int32  absolute position of tok[b, 0, 0]
+    pages: Tensor  # [B, W]            int32  page table
+    num: Tensor  # [B, len(NUMBERS)] f32    per-request numbers
+    ints: Tensor  # [B, len(COUNTS)]  int32  limit: absolute position that the answer may not reach; max_nfe; ignore_eos
+    stops: Tensor  # [B, STOP_IDS]     int32  ids that end the answer; -1 is none
+    seed: Tensor  # [B]               int64  key of the draws
+    age: Tensor  # [B]               int32  denoise forwards so far
+    done: Tensor  # [B]               bool   the row is inert: writes no K/V, commits nothing
+
+
+class Outbox(NamedTuple):
+    """All that the host reads of a step, packed in one int32 tensor [B, N·L + 3]."""
+
+    tok: Tensor  # [B, N·L] int32  the window's first N places after the step
+    n: Tensor  # [B]      int32  how many leading ones of `tok` this step committed (held ones counted)
+    nfe: Tensor  # [B]      int32  denoise forwards so far
+    why: Tensor  # [B]      int32  RUNNING, or why the row ended in this step
+
+    def pack(self) -> Tensor:
+        return torch.cat((self.tok, torch.stack((self.n, self.nfe, self.why), 1)), 1)
+
+
+class Row(NamedTuple):
+    """What the host knows of a request when it takes a slot; `pack` makes one int32 vector of it."""
+
+    tok: list[int]  # prompt tokens of the first, incomplete block: fewer than L
+    start: int
+    pages: list[int]  # page table, W entries at most
+    num: tuple[float, ...]
+    ints: tuple[int, ...]
+    stops: list[int]
+    seed: int
+
+
+def allocate(B: int, N: int, L: int, W: int, stops: int, device: torch.device) -> BlockBuffer:
+    """A buffer whose rows are all done."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    return BlockBuffer(
+        tok=zeros(B, N + 1, L),
+        held=zeros(B, N + 1, L, dtype=torch.bool),
+        whole=zeros(B, N + 1, dtype=torch.bool),
+        open=zeros(B),
+        start=zeros(B),
+        pages=zeros(B, W),
+        num=zeros(B, len(NUMBERS), dtype=torch.float32),
+        ints=zeros(B, len(COUNTS)),
+        stops=zeros(B, stops),
+        seed=zeros(B, dtype=torch.int64),
+        age=zeros(B),
+        done=torch.ones(B, dtype=torch.bool, device=device),
+    )
+
+
+def rows(buf: BlockBuffer, B: int) -> BlockBuffer:
+    """The first B rows, as views: one a tensor, so that a compiled step may write them in place."""
+    return BlockBuffer(*(t[:B] for t in buf))
+
+
+def pack(row: Row, L: int, W: int, stops: int) -> Tensor:
+    """Row → int32 [3 + L + W + len(NUMBERS) + len(COUNTS) + stops + 2], floats and seed as their bits."""
+    given = torch.tensor(row.tok + [0] * (L - len(row.tok)), dtype=torch.int32)
+    pages = torch.tensor(row.pages + [0] * (W - len(row.pages)), dtype=torch.int32)
+    ends = torch.tensor(row.stops + [-1] * (stops - len(row.stops)), dtype=torch.int32)
+    num = torch.tensor(row.num, dtype=torch.float32).view(torch.int32)
+    seed = torch.tensor([row.seed], dtype=torch.int64).view(torch.int32)
+    head = torch.tensor([row.start, len(row.tok), *row.ints], dtype=torch.int32)
+    return torch.cat((head, num, seed, given, pages, ends))
+
+
+def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
+    """Write one packed row [·] int32, already on the device, into `slot`; no host sync."""
+    _, places, L = buf.tok.shape
+    sizes = (2, len(COUNTS), len(NUMBERS), 2, L, buf.pages.shape[1], buf.stops.shape[1])
+    head, ints, num, seed, given, pages, stops = packed.split(sizes)
+    held = torch.arange(L, device=packed.device) < head[1]
+    buf.tok[slot].fill_(mask)
+    buf.tok[slot, 0].copy_(torch.where(held, given, mask))
+    buf.held[slot].fill_(False)
+    buf.held[slot, 0].copy_(held)
+    buf.whole[slot].fill_(False)
+    buf.open[slot].fill_(1)
+    buf.start[slot].copy_(head[0])
+    buf.pages[slot].copy_(pages)
+    buf.num[slot].copy_(num.view(torch.float32))
+    buf.ints[slot].copy_(ints)
+    buf.stops[slot].copy_(stops)
+    buf.seed[slot].copy_(seed.clone().view(torch.int64)[0])  # the clone aligns the bits for an int64 view
+    buf.age[slot].fill_(0)
+    buf.done[slot].fill_(False)

@@ -1,0 +1,82 @@
+"""From a function to a graph: eager, compiled by Inductor, or compiled and captured. The only file that captures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from typing import Literal
+
+import torch
+
+from dlx.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["off", "compile", "capture"]
+MODES: tuple[Mode, ...] = ("off", "compile", "capture")
+WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
+
+
+class Graphs:
+    """Functions without arguments by key, made ready once and then replayed; their tensors are fixed.
+
+    A function must leave its tensors in a state from which it may run again: it is run to warm up.
+    """
+
+    def __init__(self, mode: Mode, device: torch.device) -> None:
+        if mode == "capture" and device.type != "cuda":
+            raise ConfigError(f"graphs='capture' needs a CUDA device, not {device}; use 'compile' or 'off'")
+        self.mode = mode
+        self.device = device
+        self._run: dict[Hashable, Callable[[], None]] = {}
+        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._pool = torch.cuda.graph_pool_handle() if mode == "capture" else None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._run
+
+    def add(self, key: Hashable, fn: Callable[[], None]) -> None:
+        """Make `fn` replayable as `key`. Add the largest first: smaller graphs reuse its memory."""
+        began = time.monotonic()
+        if self.mode == "off":
+            self._run[key] = fn
+            return
+        ready = compiled(fn)
+        if self.mode == "compile":
+            self._run[key] = ready
+            return
+        self._run[key] = self._captured(ready)
+        log.info("captured %s in %.1f s", key, time.monotonic() - began)
+
+    def replay(self, key: Hashable) -> None:
+        """Run the graph of `key` on the current stream."""
+        self._run[key]()
+
+    def _captured(self, fn: Callable[[], None]) -> Callable[[], None]:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                fn()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            fn()
+        self._kept.append(graph)
+        return graph.replay
+
+
+def compiled(fn: Callable[[], None]) -> Callable[[], None]:
+    """`fn` through Inductor as one graph, with Inductor's own CUDA graphs off: they clash with ours."""
+    import torch._dynamo  # 3 s to import: only where something is compiled
+    import torch._inductor.config
+
+    inner = torch.compile(fn, fullgraph=True, dynamic=False)
+
+    def run() -> None:
+        # one function is compiled once a bucket: more often than Dynamo's default limit expects
+        with torch._dynamo.config.patch(recompile_limit=64), torch._inductor.config.patch({"triton.cudagraphs": False}):
+            inner()
+
+    return run

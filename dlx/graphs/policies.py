@@ -1,0 +1,64 @@
+"""A decoding strategy is a value: rules, the numbers that requests may override, and a few static facts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dlx.errors import PolicyError
+from dlx.graphs.rules import Embed, Filled, Fixed, Hard, Keep, Rewrite, Select, Settle, Threshold
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How blocks are decoded; printing one prints all of it.
+
+    L         tokens a block; None takes the length that the model was trained for
+    N         blocks of a row that may decode at once
+    accept, open_at, force_at  defaults of the columns a request may override (see SamplingParams)
+    """
+
+    L: int | None = None
+    N: int = 1
+    select: Select = Threshold()
+    rewrite: Rewrite = Keep()
+    settle: Settle = Filled()
+    embed: Embed = Hard()
+    accept: float = 0.9
+    open_at: float = 0.1
+    force_at: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.L is not None and not 1 <= self.L <= 256:
+            raise PolicyError(f"L={self.L} tokens a block is not allowed; use 1 to 256, or None for the model's own")
+        if not 1 <= self.N <= 32:
+            raise PolicyError(f"N={self.N} decoding blocks are not allowed; use 1 to 32")
+        for name in ("accept", "open_at", "force_at"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise PolicyError(f"{name}={value} is not allowed; use a number from 0 to 1")
+
+    def describe(self) -> dict[str, Any]:
+        """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            is_rule = f.name in ("select", "rewrite", "settle", "embed")
+            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if is_rule else value
+        return out
+
+
+POLICIES: dict[str, Policy] = {
+    "single_bd": Policy(),
+    "multi_bd": Policy(N=4),
+    "fixed": Policy(select=Fixed(1)),
+}
+
+
+def named(policy: str | Policy) -> Policy:
+    """The policy of that name; a Policy passes through. Raises PolicyError for an unknown name."""
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise PolicyError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or pass a Policy")
+    return POLICIES[policy]

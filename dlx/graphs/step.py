@@ -1,0 +1,176 @@
+"""One diffusion step, whole: open, look, think, decide, commit. Static shapes, no host in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dlx.graphs.buffer import BAD, COUNTS, LENGTH, MAX_NFE, NUMBERS, RUNNING, STOP, BlockBuffer, Outbox
+from dlx.graphs.policies import Policy
+from dlx.graphs.rules import Candidates, Seen
+from dlx.ops import OPS
+from dlx.ops.attention import View
+
+
+class Network(Protocol):
+    """What the step asks of a model; models satisfy it and do not know it."""
+
+    def embed(self, tok: Tensor) -> Tensor: ...  # [B, C] → [B, C, E]
+    def forward(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor: ...  # [B, C, E] → [B, C, E]
+    def head(self) -> Tensor: ...  # [V, E]
+
+
+class Ids(NamedTuple):
+    """Facts of the model's vocabulary that the step is compiled with."""
+
+    mask: int
+    vocab: int  # ids at and above are padding and never chosen
+
+
+def step_(policy: Policy, ids: Ids, net: Network, buf: BlockBuffer, kv: tuple[Tensor, ...], out: Tensor) -> None:
+    """One denoise forward of every row, in place.
+
+    buf  Block Buffer of B rows; written
+    kv   one tensor a layer [2, P, S, G, D]; written
+    out  [B, N·L + 3] int32, an Outbox packed; written
+    """
+    new, outbox = denoise(policy, ids, net, buf, kv)
+    for old, value in zip(buf, new, strict=True):
+        if old is not value:
+            old.copy_(value)
+    out.copy_(outbox.pack())
+
+
+def denoise(
+    policy: Policy, ids: Ids, net: Network, buf: BlockBuffer, kv: tuple[Tensor, ...]
+) -> tuple[BlockBuffer, Outbox]:
+    """The rows after one forward, and what it committed; only `kv` is written."""
+    B, places, L = buf.tok.shape
+    num = NUMBERS.index
+    seat = torch.arange(places, device=buf.tok.device)
+    limit = buf.ints[:, COUNTS.index("limit")]
+
+    # open: a new block once the last open one is far enough, while a place and tokens to decode are left
+    lead = torch.where(buf.done, 0, leading(buf.whole))
+    progress = torch.where(buf.whole, 1.0, (buf.tok != ids.mask).float().mean(-1))
+    last = progress.gather(1, (buf.open - 1).clamp_min(0).long()[:, None])[:, 0]
+    room = torch.minimum(policy.N + (lead > 0).int(), (limit - buf.start + L - 1) // L)
+    more = (last >= buf.num[:, num("open_at")]) & (buf.open < room) & ~buf.done
+    opened = buf.open + more.int()
+
+    # look: every open place is computed; the N from `lead` (or 0) on may decode
+    part = (seat < opened[:, None]) & ~buf.done[:, None]
+    pos = buf.start[:, None, None] + torch.arange(places * L, device=seat.device, dtype=torch.int32).view(places, L)
+    seen = torch.where(part, buf.start[:, None] + (seat + 1).int() * L, 0)[..., None].expand(-1, -1, L)
+    view = View(pos.flatten(1), slots(pos, part, buf.pages, kv[0].shape[2]), buf.pages, seen.flatten(1))
+    ahead = lead > 0
+    cut = Cut(ahead)
+    before = torch.cat((torch.ones_like(progress[:, :1]), progress[:, :-1]), 1)
+    tok, live = cut(buf.tok), (cut(part & ~buf.whole))[..., None] & ~cut(buf.held)
+    accept, force_at, temp = (buf.num[:, num(name)] for name in ("accept", "force_at", "temp"))
+    w = Seen(tok, live & (tok == ids.mask), live, cut(before), accept, force_at, ids.mask)
+
+    # think: write K/V of what is looked at, attend to pages, turn the deciding positions into candidates
+    h = net.forward(policy.embed(net.embed, buf.tok.flatten(1)), view, kv)
+    c = propose(cut(h.unflatten(1, (places, L))), net.head(), temp, buf, cut(pos), ids)
+
+    # decide
+    take = policy.select(c, w)
+    tok = torch.where(live, policy.rewrite(c, w, take), tok)
+    whole = cut(buf.whole) | policy.settle(c, w, tok) & cut(part)
+    tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
+    bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
+
+    # commit: leading blocks that were whole before this forward now have their final K/V; slide them out
+    new = slide(buf, tok, whole, opened, lead, ids.mask)
+    age = buf.age + (~buf.done).int()
+    new = new._replace(age=age)
+    spent = age >= buf.ints[:, COUNTS.index("max_nfe")]
+    n, why = committed(new, spent, limit, bad, ids.mask)
+    n, why = (torch.where(buf.done, 0, x).int() for x in (n, why))
+    new = new._replace(done=buf.done | (why != RUNNING))
+    return new, Outbox(new.tok[:, :-1].flatten(1), n, age, why)
+
+
+def leading(whole: Tensor) -> Tensor:
+    """[B, N+1] bool → [B] int32: how many leading places are whole."""
+    seat = torch.arange(whole.shape[1], device=whole.device, dtype=torch.int32)
+    return torch.where(whole, whole.shape[1], seat).amin(1).int()
+
+
+def slots(pos: Tensor, part: Tensor, pages: Tensor, S: int) -> Tensor:
+    """[B, N+1, L] positions → [B, C] int32 page · S + offset; -1 where a place takes no part."""
+    page = pages.gather(1, (pos // S).clamp_max(pages.shape[1] - 1).flatten(1).long()).view_as(pos)
+    return torch.where(part[..., None], page * S + pos % S, -1).int().flatten(1)
+
+
+class Cut:
+    """The N of N + 1 places that may decode: from place 1 on where place 0 only commits, else from place 0 on."""
+
+    def __init__(self, ahead: Tensor) -> None:
+        self.ahead = ahead  # [B] bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, N+1, …] → [B, N, …]"""
+        return torch.where(self._as(x), x[:, 1:], x[:, :-1])
+
+    def back(self, x: Tensor, part: Tensor) -> Tensor:
+        """x [B, N+1, …] with its N places replaced by `part` [B, N, …]."""
+        late = torch.cat((x[:, :1], part), 1)
+        early = torch.cat((part, x[:, -1:]), 1)
+        return torch.where(self._as(x), late, early)
+
+    def _as(self, x: Tensor) -> Tensor:
+        return self.ahead.view(-1, *[1] * (x.dim() - 1))
+
+
+def propose(h: Tensor, head: Tensor, temp: Tensor, buf: BlockBuffer, pos: Tensor, ids: Ids) -> Candidates:
+    """h [B, N, L, E] → Candidates [B, N, L]."""
+    B, N, L, E = h.shape
+    temp, seed, age = (x[:, None].expand(B, N * L).reshape(-1) for x in (temp, buf.seed, buf.age))
+    tok, conf = OPS["candidates"](
+        h.reshape(-1, E), head, temp, seed, pos.reshape(-1), age, ids.mask, ids.vocab
+    )
+    return Candidates(tok.view(B, N, L), conf.view(B, N, L))
+
+
+def slide(buf: BlockBuffer, tok: Tensor, whole: Tensor, opened: Tensor, n: Tensor, mask: int) -> BlockBuffer:
+    """The window moved on by n [B] blocks; fresh places are masked and closed."""
+    _, places, L = tok.shape
+    source = torch.arange(places, device=tok.device) + n[:, None]
+    fresh = source >= places
+    source = source.clamp_max(places - 1)
+    wide = source[..., None].expand(-1, -1, L)
+    return buf._replace(
+        tok=torch.where(fresh[..., None], mask, tok.gather(1, wide)),
+        held=~fresh[..., None] & buf.held.gather(1, wide),
+        whole=~fresh & whole.gather(1, source),
+        open=opened - n,
+        start=buf.start + n * L,
+    )
+
+
+def committed(new: BlockBuffer, spent: Tensor, limit: Tensor, bad: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+    """(n, why) of each row: leading positions of the slid window that are final now, and why the row ends if it does.
+
+    The blocks that just became whole, in order; when the forwards are spent, also the decided tokens before the first
+    mask. Cut after the first stop id and at the limit.
+    """
+    B, _, L = new.tok.shape
+    tok, held = new.tok[:, :-1].flatten(1), new.held[:, :-1].flatten(1)
+    at = torch.arange(tok.shape[1], device=tok.device, dtype=torch.int32)
+    beyond = tok.shape[1]
+    n = leading(new.whole) * L
+    n = torch.where(spent, torch.where(tok == mask, at, beyond).amin(1), n)
+    n = torch.minimum(n, limit - new.start)
+    ends = (tok[..., None] == new.stops[:, None]).any(-1) & ~held & (at < n[:, None])
+    ends = ends & (new.ints[:, COUNTS.index("ignore_eos")] == 0)[:, None]
+    stop = torch.where(ends, at, beyond).amin(1)
+    stopped = stop < beyond
+    full = new.start + n >= limit
+    why = torch.where(spent, MAX_NFE, RUNNING)
+    why = torch.where(full, LENGTH, why)
+    why = torch.where(stopped, STOP, why)
+    return torch.where(bad, 0, torch.where(stopped, stop + 1, n)), torch.where(bad, BAD, why)

@@ -1,0 +1,10 @@
+"""DEVICE: the kernels, one op a file, each an `Op` value. No Python here runs while a graph is replayed."""
+
+from __future__ import annotations
+
+from dlx.ops.attention import attention
+from dlx.ops.candidates import candidates
+from dlx.ops.kv_store import kv_store
+from dlx.ops.op import Op
+
+OPS: dict[str, Op] = {op.name: op for op in (attention, candidates, kv_store)}

@@ -1,0 +1,54 @@
+"""One value describes one op; tests, benches and the roofline are read from it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+LIBRARY = torch.library.Library("dlx", "DEF")
+
+
+class Cost(NamedTuple):
+    """The least work that any kernel must do: floating-point operations, and bytes moved once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the namespace `torch.ops.dlx`: reference on the CPU, Triton kernel on CUDA, opaque to Inductor.
+
+    reference  plain torch, fp32 inside; also the CPU backend
+    kernel     launches Triton; same signature
+    fake       shapes, dtypes and strides of the result, nothing else
+    cases      name → arguments, small enough for Triton's interpreter
+    cost       least work for given arguments
+    mutates    names of the arguments written to
+    rtol, atol how far the kernel in the case's dtype may be from the reference in fp64
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    kernel: Callable[..., Any]
+    fake: Callable[..., Any]
+    cases: Callable[[], dict[str, tuple[Any, ...]]]
+    cost: Callable[..., Cost]
+    mutates: tuple[str, ...] = ()
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        # infer_schema wants types, not the strings that postponed evaluation leaves
+        self.reference.__annotations__ = inspect.get_annotations(self.reference, eval_str=True)
+        LIBRARY.define(self.name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
+        LIBRARY.impl(self.name, self.kernel, "CUDA")
+        LIBRARY.impl(self.name, self.reference, "CPU")
+        torch.library.register_fake(f"dlx::{self.name}", self.fake, lib=LIBRARY)
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(torch.ops.dlx, self.name)(*args)

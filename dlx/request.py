@@ -1,0 +1,134 @@
+"""What a caller asks for, what the host remembers of it, and what comes back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from dlx.errors import RequestError
+
+STOP_IDS = 8  # stop ids one row of the Block Buffer holds
+
+
+class Finish(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # a stop id was committed
+    LENGTH = "length"  # max_tokens, or the model's length, was reached
+    MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
+    ERROR = "error"  # its logits were not finite
+    ABORT = "abort"  # the caller dropped it
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is decoded; `None` takes the policy's or the model's value.
+
+    max_tokens      int     tokens to commit at most, stop id included
+    temperature     float   0 takes the most probable token; above, tokens are drawn
+    seed            int     key of the draws, 0 ≤ seed < 2⁶³; None draws one at random
+    threshold       float   confidence above which a token is accepted, 0 to 1
+    open_at         float   share of the last open block that opens the next one, 0 to 1
+    force_at        float   share of the block before at which a block must accept a token, 0 to 1
+    max_nfe         int     denoise forwards to spend at most
+    ignore_eos      bool    go on past stop ids
+    stop_token_ids  ids that end the answer, besides the model's own
+    Raises RequestError  from `check`, if a value is outside its range
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+    threshold: float | None = None
+    open_at: float | None = None
+    force_at: float | None = None
+    max_nfe: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raise RequestError for the first value that is outside its range."""
+        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        for name in ("threshold", "open_at", "force_at"):
+            value = getattr(self, name)
+            if value is not None:
+                _number(name, value, 0.0, 1.0)
+        if self.max_nfe is not None:
+            _integer("max_nfe", self.max_nfe, 1, 2**31 - 1)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos={self.ignore_eos!r} is not a bool; pass True or False")
+        for stop in self.stop_token_ids:
+            _integer("stop_token_ids", stop, 0, 2**31 - 1)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name}={value!r} is not allowed; pass an integer from {low} to {high}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise RequestError(f"{name}={value!r} is not allowed; pass a number from {low:g} to {high:g}")
+
+
+@dataclass(slots=True)
+class Request:
+    """One request on the host, from arrival to finish; times are `time.monotonic()` seconds."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    arrived_s: float
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    out: list[int] = field(default_factory=list)  # committed ids, the stop id included
+    tail: int = 0  # prompt tokens at the head of the first block that have yet to be skipped
+    prefills: int = 0  # prefill forwards
+    nfe: int = 0  # denoise forwards
+    admitted_s: float | None = None
+    first_s: float | None = None  # when the first block was committed
+    finish: Finish | None = None
+
+
+class Timings(NamedTuple):
+    """Wall seconds of one request, each from its arrival."""
+
+    admitted_s: float
+    first_block_s: float
+    total_s: float
+
+
+class Chunk(NamedTuple):
+    """What one step committed for one request; text and ids leave the stop id out."""
+
+    id: int
+    text: str
+    token_ids: list[int]
+    finish: Finish | None
+    window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
+    output: Output | None  # on the last chunk: the whole answer
+
+
+class Output(NamedTuple):
+    """The whole answer to one request; text and ids leave the stop id out, `tokens` counts it."""
+
+    id: int
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: Finish
+    tokens: int
+    nfe: int
+    prefill_forwards: int
+    timings: Timings
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Committed tokens ÷ denoise forwards; prefill forwards are not counted."""
+        return self.tokens / max(self.nfe, 1)

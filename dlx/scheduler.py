@@ -1,0 +1,190 @@
+"""Who runs: admission into slots, the plan of a launch, and what a launch brought back."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from typing import NamedTuple
+
+from dlx.errors import RequestError
+from dlx.graphs import buffer
+from dlx.graphs.buffer import Row
+from dlx.graphs.policies import Policy
+from dlx.graphs.shapes import Shapes, bucket
+from dlx.models.card import Card
+from dlx.pages import PagePool
+from dlx.request import STOP_IDS, Finish, Request
+
+FINISH = {
+    buffer.STOP: Finish.STOP,
+    buffer.LENGTH: Finish.LENGTH,
+    buffer.MAX_NFE: Finish.MAX_NFE,
+    buffer.BAD: Finish.ERROR,
+}
+
+
+class PromptChunk(NamedTuple):
+    """Complete blocks of a prompt to prefill: ids at absolute position `start` of a row with these pages."""
+
+    tok: list[int]
+    start: int
+    pages: list[int]
+
+
+class Plan(NamedTuple):
+    """One launch: prompts to prefill, rows to admit by slot, and the step's bucket of rows."""
+
+    prefill: list[PromptChunk]
+    admit: dict[int, Row]
+    bucket: int
+    running: dict[int, Request]  # by slot, as they are in this launch
+
+
+class Reply(NamedTuple):
+    """What the host reads of one row after a launch; see graphs.buffer.Outbox."""
+
+    tok: list[int]
+    n: int
+    nfe: int
+    why: int
+
+
+class Scheduler:
+    """Slots, pages and the queue. Requests are admitted in order of arrival, once a slot and all their pages are free."""
+
+    def __init__(self, policy: Policy, card: Card, shapes: Shapes, pool: PagePool, max_len: int) -> None:
+        self.policy, self.card, self.shapes, self.pool, self.max_len = policy, card, shapes, pool, max_len
+        assert policy.L is not None, "bind() gives a policy its block length"
+        self.L = policy.L
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}
+        self._slots = list(range(shapes.rows[-1] - 1, -1, -1))
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        """Queue a checked request."""
+        self.waiting.append(request)
+
+    def plan(self) -> Plan | None:
+        """The next launch, or None if there is nothing to run."""
+        prefill: list[PromptChunk] = []
+        admit: dict[int, Row] = {}
+        while self.waiting and self._slots and self._need(self.waiting[0]) <= self.pool.free:
+            request = self.waiting.popleft()
+            request.pages = self.pool.allocate(self._need(request))
+            request.slot = self._slots.pop()
+            request.admitted_s = time.monotonic()
+            self.running[request.slot] = request
+            chunks = self._chunks(request)
+            request.prefills = len(chunks)
+            prefill += chunks
+            admit[request.slot] = self._row(request)
+        if not self.running:
+            return None
+        return Plan(prefill, admit, bucket(self.shapes.rows, max(self.running) + 1), dict(self.running))
+
+    def take(self, running: dict[int, Request], replies: list[Reply]) -> list[tuple[Request, list[int]]]:
+        """Book what a launch brought back: (request, newly committed ids) where something changed."""
+        news = []
+        for slot, request in running.items():
+            if request.finish is not None:
+                continue  # it ended in the launch before; its row was inert in this one
+            reply = replies[slot]
+            request.nfe = reply.nfe
+            ids = reply.tok[: reply.n][request.tail :]
+            request.tail = 0 if reply.n else request.tail
+            request.out += ids
+            if ids and request.first_s is None:
+                request.first_s = time.monotonic()
+            if reply.why != buffer.RUNNING:
+                request.finish = FINISH[reply.why]
+                self._release(request)
+            if ids or request.finish is not None:
+                news.append((request, ids))
+        return news
+
+    def abort(self, id: int) -> int | None:
+        """Forget a request that waits or runs; the slot it held, if it ran."""
+        for request in (*self.waiting, *self.running.values()):
+            if request.id != id:
+                continue
+            request.finish = Finish.ABORT
+            if request.slot is None:
+                self.waiting.remove(request)
+                return None
+            slot = request.slot
+            self._release(request)
+            return slot
+        return None
+
+    def _release(self, request: Request) -> None:
+        assert request.slot is not None
+        del self.running[request.slot]
+        self._slots.append(request.slot)
+        self._slots.sort(reverse=True)  # the lowest slot first: small buckets
+        self.pool.release(request.pages)
+        request.slot, request.pages = None, []
+
+    def _need(self, request: Request) -> int:
+        """Pages for every block that the request may ever compute."""
+        end = len(request.prompt) + request.params.max_tokens
+        return -(-(-(-end // self.L) * self.L) // self.shapes.S)
+
+    def _chunks(self, request: Request) -> list[PromptChunk]:
+        end = len(request.prompt) // self.L * self.L
+        most = self.shapes.tokens[-1]
+        return [
+            PromptChunk(request.prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)
+        ]
+
+    def _row(self, request: Request) -> Row:
+        p, start = request.params, len(request.prompt) // self.L * self.L
+        request.tail = len(request.prompt) - start
+        stops = list(dict.fromkeys((*self.card.stop_ids, *p.stop_token_ids)))
+        return Row(
+            tok=request.prompt[start:],
+            start=start,
+            pages=request.pages,
+            num=(
+                self.policy.accept if p.threshold is None else p.threshold,
+                self.policy.open_at if p.open_at is None else p.open_at,
+                self.policy.force_at if p.force_at is None else p.force_at,
+                p.temperature,
+            ),
+            ints=(len(request.prompt) + p.max_tokens, p.max_nfe or 2**31 - 1, int(p.ignore_eos)),
+            stops=stops,
+            seed=random.getrandbits(62) if p.seed is None else p.seed,
+        )
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for what can never run, before it is queued."""
+        request.params.check()
+        prompt, params, card = request.prompt, request.params, self.card
+        if not prompt:
+            raise RequestError("the prompt is empty; pass at least one token")
+        for at, tok in enumerate(prompt):
+            if isinstance(tok, bool) or not isinstance(tok, int) or not 0 <= tok < card.vocab:
+                raise RequestError(f"prompt[{at}]={tok!r} is not a token id; pass integers from 0 to {card.vocab - 1}")
+            if tok == card.mask_id:
+                raise RequestError(f"prompt[{at}]={tok} is the mask id, which only the decoder may write; leave it out")
+        for tok in params.stop_token_ids:
+            if tok >= card.vocab or tok == card.mask_id:
+                raise RequestError(f"stop_token_ids has {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id")
+        stops = {*card.stop_ids, *params.stop_token_ids}
+        if len(stops) > STOP_IDS:
+            raise RequestError(f"{len(stops)} stop ids with the model's own {card.stop_ids}; at most {STOP_IDS} are allowed")
+        if len(prompt) + params.max_tokens > self.max_len:
+            raise RequestError(
+                f"the prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass max_model_len={self.max_len}; "
+                "shorten the prompt, lower max_tokens or raise max_model_len"
+            )
+        if self._need(request) > self.pool.total:
+            raise RequestError(
+                f"the request needs {self._need(request)} pages and the pool has {self.pool.total}; "
+                "lower max_tokens or raise num_pages"
+            )

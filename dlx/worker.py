@@ -1,0 +1,170 @@
+"""One rank: weights, K/V pages, Block Buffer and graphs. `launch` a plan, `harvest` what it committed."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlx import weights
+from dlx.config import Config, bind, geometry
+from dlx.errors import CapacityError
+from dlx.graphs import buffer, prefill, shapes
+from dlx.graphs.capture import Graphs
+from dlx.graphs.step import Ids, step_
+from dlx.models import family
+from dlx.models.card import Card
+from dlx.observe import span
+from dlx.request import STOP_IDS
+from dlx.scheduler import Plan, Reply
+
+log = logging.getLogger(__name__)
+
+CPU_PAGES_BYTES = 1 << 30  # what K/V pages may take on a CPU by default
+GPU_PAGES_SHARE = 0.85  # of the memory left after the weights
+
+
+class Flight(NamedTuple):
+    """A launch whose outbox is on its way to the host."""
+
+    plan: Plan
+    outbox: Tensor  # [B, N·L + 3] int32 on the host, pinned where the device is a GPU
+    landed: torch.cuda.Event | None
+
+
+class Worker:
+    """Owns every tensor. Its methods are called from one thread; none but `harvest` waits for the device.
+
+    vocab  ids the tokenizer knows; those above pad the head and are never chosen
+    """
+
+    def __init__(self, config: Config, vocab: int | None = None) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        raw, generation = weights.read_config(config.model)
+        self.card = Card.from_hf(raw, generation)
+        self.ids = Ids(self.card.mask_id, min(vocab or self.card.vocab, self.card.vocab))
+        self.policy = bind(config.policy, self.card, config.block_length)
+        assert self.policy.L is not None
+        self.L = self.policy.L
+        sizes = geometry(config, self.card, self.L)
+        self.max_len = sizes.max_len
+        self.shapes = shapes.plan(config.max_num_seqs, sizes.max_len, self.L, sizes.S)
+        self.net = self._network()
+        self.num_pages = config.num_pages or self._pages_that_fit()
+        self.kv = tuple(self._pages() for _ in range(self.card.layers))  # own storage each: Inductor copies views
+        B, W = config.max_num_seqs, self.shapes.W
+        self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device)
+        self.out = torch.zeros(B, self.policy.N * self.L + 3, dtype=torch.int32, device=self.device)
+        self.prompts = {T: prefill.blank(T, W, self.device) for T in self.shapes.tokens}
+        self.graphs = Graphs(config.graphs, self.device)
+        self._flights: deque[Flight] = deque()
+
+    def warm_up(self) -> None:
+        """Make every graph now, the largest first; else each is made when it is first needed."""
+        for T in reversed(self.shapes.tokens):
+            self._prefill_graph(T)
+        for B in reversed(self.shapes.rows):
+            self._step_graph(B)
+
+    @torch.no_grad()
+    def launch(self, plan: Plan) -> None:
+        """Send one plan to the device: prompts, new rows, one step. Returns before the device is done."""
+        with span("launch"):
+            for chunk in plan.prefill:
+                T = shapes.bucket(self.shapes.tokens, len(chunk.tok))
+                key = self._prefill_graph(T)
+                packed = prefill.pack(chunk.tok, chunk.start, chunk.pages, T, self.shapes.W)
+                prefill.fill_(self.prompts[T], self._sent(packed))
+                self.graphs.replay(key)
+            for slot, row in plan.admit.items():
+                packed = self._sent(buffer.pack(row, self.L, self.shapes.W, STOP_IDS))
+                buffer.admit_(self.buf, slot, packed, self.card.mask_id)
+            self.graphs.replay(self._step_graph(plan.bucket))
+            self._flights.append(self._read(plan))
+
+    @property
+    def in_flight(self) -> int:
+        """Launches not yet harvested."""
+        return len(self._flights)
+
+    def harvest(self) -> tuple[Plan, list[Reply]]:
+        """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
+        flight = self._flights.popleft()
+        with span("harvest"):
+            if flight.landed is not None:
+                flight.landed.synchronize()
+            return flight.plan, [Reply(row[:-3], *row[-3:]) for row in flight.outbox.tolist()]
+
+    def stop(self, slot: int) -> None:
+        """Make a row inert from the next launch on."""
+        self.buf.done[slot].fill_(True)
+
+    def discard(self) -> None:
+        """Forget the launches in flight: their rows are all inert."""
+        self._flights.clear()
+
+    def window(self, slot: int) -> list[int]:
+        """The ids in a row's open places, masks included; waits for the device (live views only)."""
+        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten().tolist()
+
+    def _network(self) -> torch.nn.Module:
+        kind = family(self.card.arch)
+        net = kind.build(self.card, self.device, self.config.torch_dtype)
+        params = dict(net.named_parameters())
+        if self.config.load_format == "dummy":
+            weights.random(params, self.config.seed)
+        else:
+            weights.load(self.config.model, kind.places(self.card), params)
+        return net
+
+    def _pages_that_fit(self) -> int:
+        c = self.card
+        each = shapes.page_bytes(c.layers, self.shapes.S, c.kv_heads, c.head_dim, self.config.torch_dtype.itemsize)
+        room = CPU_PAGES_BYTES
+        if self.device.type == "cuda":
+            room = int(torch.cuda.mem_get_info(self.device)[0] * GPU_PAGES_SHARE)
+        fit = min(self.config.max_num_seqs * self.shapes.W, room // each)
+        if fit < 1:
+            raise CapacityError(f"no K/V page of {each} bytes fits into {room} bytes; use a smaller model or page_size")
+        return fit
+
+    def _pages(self) -> Tensor:
+        shape = (2, self.num_pages, self.shapes.S, self.card.kv_heads, self.card.head_dim)
+        return torch.zeros(shape, dtype=self.config.torch_dtype, device=self.device)
+
+    def _sent(self, packed: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return packed
+        return packed.pin_memory().to(self.device, non_blocking=True)
+
+    def _read(self, plan: Plan) -> Flight:
+        out = self.out[: plan.bucket]
+        if self.device.type == "cpu":
+            return Flight(plan, out.clone(), None)
+        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        host.copy_(out, non_blocking=True)
+        landed = torch.cuda.Event()
+        landed.record()
+        return Flight(plan, host, landed)
+
+    def _prefill_graph(self, T: int) -> tuple[str, int]:
+        key = ("prefill", T)
+        if key not in self.graphs:
+            self.graphs.add(key, partial(prefill.prefill_, self.L, self.net, self.prompts[T], self.kv))
+        return key
+
+    def _step_graph(self, B: int) -> tuple[str, int]:
+        """A graph is made by running it: meanwhile every row is inert, so nothing that decodes is touched."""
+        key = ("step", B)
+        if key not in self.graphs:
+            done = self.buf.done.clone()
+            self.buf.done.fill_(True)
+            view = buffer.rows(self.buf, B)
+            self.graphs.add(key, partial(step_, self.policy, self.ids, self.net, view, self.kv, self.out[:B]))
+            self.buf.done.copy_(done)
+        return key
