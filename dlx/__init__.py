@@ -51,9 +51,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     """Import a public name from the module it lives in; torch is imported with the first that needs it."""
     if name not in __all__:
-        raise AttributeError(
-            f"module 'dlx' has no attribute {name!r}; its public names are {', '.join(__all__)}"
-        )
+        raise AttributeError(f"module 'dlx' has no attribute {name!r}; its public names are {', '.join(__all__)}")
     value = getattr(import_module(_HOMES.get(name, "dlx.errors")), name)
     globals()[name] = value
     return value

@@ -99,7 +99,9 @@ class Config(BaseModel):
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
         if self.graphs == "capture" and kind != "cuda":
-            raise ConfigError(f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}")
+            raise ConfigError(
+                f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
+from dlx import weights
 from dlx.config import Config
 from dlx.observe import span
 from dlx.pages import PagePool
@@ -18,6 +19,7 @@ class Engine:
     """Requests in, chunks out; the caller owns the loop and calls `step` until `idle`."""
 
     def __init__(self, config: Config) -> None:
+        weights.read_config(config.model)  # first, for the plainer word on a folder that is not there
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
@@ -95,5 +97,13 @@ class Engine:
         times = Timings(request.admitted_s - began, (request.first_s or now) - began, now - began)
         shown = request.out[:-1] if request.finish is Finish.STOP else request.out
         return Output(
-            request.id, request.prompt, text, shown, request.finish, len(request.out), request.nfe, request.prefills, times
+            request.id,
+            request.prompt,
+            text,
+            shown,
+            request.finish,
+            len(request.out),
+            request.nfe,
+            request.prefills,
+            times,
         )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, Protocol
+
+import torch
 
 from dlx.errors import ConfigError
 from dlx.graphs.policies import Policy
@@ -27,13 +30,11 @@ Chat = list[Mapping[str, str]]
 class Decoder(Protocol):
     """What is evaluated: an LLM, or whatever answers like one."""
 
-    def generate(
-        self, prompts: Sequence[Chat], params: SamplingParams, progress: bool = False
-    ) -> list[Output]: ...
+    def generate(self, prompts: Sequence[Chat], params: SamplingParams, progress: bool = False) -> list[Output]: ...
 
 
 class Score(NamedTuple):
-    """Sums over prompts; `tokens` counts stop ids, `nfe` the denoise forwards, prefill forwards stand apart."""
+    """Sums over prompts; `tokens` counts stop ids, `nfe` denoise forwards; prefill forwards stand apart."""
 
     prompts: int
     correct: int
@@ -104,7 +105,7 @@ def evaluate(
            RequestError if a threshold is not from 0 to 1
     """
     samples = prompts(list(installed(MIX)) if tasks is None else tasks, n, seed)
-    chats: list[Chat] = [[{"role": "user", "content": sample.prompt}] for sample in samples]
+    chats: list[Chat] = [[{"role": "user", "content": asked.prompt}] for asked in samples]
     records = []
     for threshold in thresholds:
         params = SamplingParams(max_tokens=max_tokens, threshold=threshold)
@@ -114,20 +115,18 @@ def evaluate(
 
 
 def prompts(tasks: Sequence[str], n: int, seed: int = SEED) -> list[Sample]:
-    """n held-out samples of each task, task by task from one generator: the trainer's own, for the same arguments.
+    """n held-out samples of each task, task by task from one generator, as the trainer evaluates.
 
     Raises ConfigError  if n < 1, no task is named, or one is unknown or lacks its package
     """
     if n < 1 or not tasks:
-        raise ConfigError(
-            f"n={n} prompts of {len(tasks)} tasks are none to evaluate; use at least one of each"
-        )
+        raise ConfigError(f"n={n} prompts of {len(tasks)} tasks leave nothing to evaluate; use 1 or more of each")
     rng = Random(seed)
     return [sample(rng, {task: 1.0}, want_held=True) for task in tasks for _ in range(n)]
 
 
 def report(
-    records: Sequence[Record], *, model: str, policy: Policy, made: Mapping[str, str | None], **how: Any
+    records: Sequence[Record], *, model: str, policy: Policy, made: Mapping[str, str | None], **how: object
 ) -> dict[str, Any]:
     """The JSON-able record of an evaluation, as profiles/runs keeps it; `how` is added as it is."""
     return {
@@ -141,14 +140,12 @@ def report(
     }
 
 
-def made(command: str, device: str) -> dict[str, str | None]:
-    """Where a record comes from: commit, torch, date, command and machine; commit is None outside a checkout."""
-    import torch
-
+def provenance(command: str, device: str) -> dict[str, str | None]:
+    """Where a record comes from: commit (None outside a checkout), torch, date, command, machine."""
     on_gpu = device.split(":")[0] == "cuda"
     root = Path(__file__).parents[1]
     commit = None
-    if (root / ".git").exists():
+    if (root / ".git").exists() and shutil.which("git"):
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
@@ -175,9 +172,7 @@ def table(records: Sequence[Record]) -> str:
     rows.append(["all", *(_cell(record.total) for record in records)])
     rows.append(["forwards", *(str(record.total.nfe) for record in records)])
     rows.append(["prefills", *(str(record.total.prefill_forwards) for record in records)])
-    return "\n".join(
-        "".join(f"{cell:>13}" if i else f"{cell:9}" for i, cell in enumerate(row)) for row in rows
-    )
+    return "\n".join(f"{head:9}" + "".join(f"{cell:>13}" for cell in cells) for head, *cells in rows)
 
 
 def _cell(score: Score) -> str:
@@ -186,8 +181,8 @@ def _cell(score: Score) -> str:
 
 def _scores(samples: Sequence[Sample], outputs: Sequence[Output]) -> dict[str, Score]:
     scores: dict[str, Score] = {}
-    for sample, output in zip(samples, outputs, strict=True):
-        one = (1, check(sample, output.text), output.tokens, output.nfe, output.prefill_forwards)
-        before = scores.get(sample.task, Score(0, 0, 0, 0, 0))
-        scores[sample.task] = Score(*(a + b for a, b in zip(before, one, strict=True)))
+    for asked, output in zip(samples, outputs, strict=True):
+        one = (1, check(asked, output.text), output.tokens, output.nfe, output.prefill_forwards)
+        before = scores.get(asked.task, Score(0, 0, 0, 0, 0))
+        scores[asked.task] = Score(*(a + b for a, b in zip(before, one, strict=True)))
     return scores

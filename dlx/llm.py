@@ -89,9 +89,7 @@ class LLM:
                         bar.advance(task)
         return [done[id] for id in requests]
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, watch: bool = False
-    ) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, watch: bool = False) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; the last chunk holds the whole output.
 
         watch  a chunk every forward, with the window's undecided tokens: for live views, as it waits for the device

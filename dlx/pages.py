@@ -21,7 +21,9 @@ class PagePool:
     def allocate(self, n: int) -> list[int]:
         """Take n pages. Raises CapacityError, and takes none, if fewer are free."""
         if n > len(self._free):
-            raise CapacityError(f"{n} pages are asked for and {len(self._free)} of {self.total} are free; wait, or raise num_pages")
+            raise CapacityError(
+                f"{n} pages are asked for and {len(self._free)} of {self.total} are free; wait, or raise num_pages"
+            )
         pages = [self._free.pop() for _ in range(n)]
         self._held.update(pages)
         return pages

@@ -51,7 +51,7 @@ class Reply(NamedTuple):
 
 
 class Scheduler:
-    """Slots, pages and the queue. Requests are admitted in order of arrival, once a slot and all their pages are free."""
+    """Slots, pages and the queue: requests are admitted as they came, once a slot and all their pages are free."""
 
     def __init__(self, policy: Policy, card: Card, shapes: Shapes, pool: PagePool, max_len: int) -> None:
         self.policy, self.card, self.shapes, self.pool, self.max_len = policy, card, shapes, pool, max_len
@@ -138,9 +138,7 @@ class Scheduler:
     def _chunks(self, request: Request) -> list[PromptChunk]:
         end = len(request.prompt) // self.L * self.L
         most = self.shapes.tokens[-1]
-        return [
-            PromptChunk(request.prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)
-        ]
+        return [PromptChunk(request.prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)]
 
     def _row(self, request: Request) -> Row:
         p, start = request.params, len(request.prompt) // self.L * self.L
@@ -174,14 +172,18 @@ class Scheduler:
                 raise RequestError(f"prompt[{at}]={tok} is the mask id, which only the decoder may write; leave it out")
         for tok in params.stop_token_ids:
             if tok >= card.vocab or tok == card.mask_id:
-                raise RequestError(f"stop_token_ids has {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id")
+                raise RequestError(
+                    f"stop_token_ids has {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id"
+                )
         stops = {*card.stop_ids, *params.stop_token_ids}
         if len(stops) > STOP_IDS:
-            raise RequestError(f"{len(stops)} stop ids with the model's own {card.stop_ids}; at most {STOP_IDS} are allowed")
+            raise RequestError(
+                f"{len(stops)} stop ids with the model's own {card.stop_ids}; at most {STOP_IDS} are allowed"
+            )
         if len(prompt) + params.max_tokens > self.max_len:
             raise RequestError(
-                f"the prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass max_model_len={self.max_len}; "
-                "shorten the prompt, lower max_tokens or raise max_model_len"
+                f"the prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} pass "
+                f"max_model_len={self.max_len}; shorten the prompt, lower max_tokens or raise max_model_len"
             )
         if self._need(request) > self.pool.total:
             raise RequestError(

@@ -30,9 +30,7 @@ class Tokenizer:
     eos_id, pad_id, mask_id  as tokenizer_config.json names them, or None
     """
 
-    def __init__(
-        self, written: str, config: Mapping[str, object], template: str | None, source: Path
-    ) -> None:
+    def __init__(self, written: str, config: Mapping[str, object], template: str | None, source: Path) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(written)
         except Exception as error:  # the library raises no narrower class
@@ -43,9 +41,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._names = {key: text for key in NAMED if (text := _text(config.get(key))) is not None}
-        self.eos_id, self.pad_id, self.mask_id = (
-            self._id(key) for key in ("eos_token", "pad_token", "mask_token")
-        )
+        self.eos_id, self.pad_id, self.mask_id = (self._id(key) for key in ("eos_token", "pad_token", "mask_token"))
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
@@ -61,22 +57,14 @@ class Tokenizer:
         except ValueError as error:
             raise ModelError(f"{path} is no JSON ({error}); fetch the file again") from error
         if not isinstance(config, dict):
-            raise ModelError(
-                f"{path} holds a {type(config).__name__}; expected a JSON object; fetch the file again"
-            )
+            raise ModelError(f"{path} holds a {type(config).__name__}; expected a JSON object; fetch the file again")
         separate = folder / "chat_template.jinja"
         template = _read(separate) if separate.is_file() else _template(config.get("chat_template"), path)
         return Tokenizer(written, config, template, folder)
 
     def encode(self, text: str, *, plain: bool = False) -> list[int]:
         """Ids of a text. Special tokens written in it count as such; with `plain` they are mere text."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the text cannot be written as UTF-8 ({error}); remove lone surrogates"
-            ) from error
-        return (self._plain if plain else self._tokenizer).encode(text, add_special_tokens=not plain).ids
+        return _encoded(self._plain if plain else self._tokenizer, text, whole=not plain)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation in the checkpoint's chat template, up to where the assistant begins to speak.
@@ -100,9 +88,7 @@ class Tokenizer:
                 f"a message contains a special token ({', '.join(self.special)}), and the chat template "
                 "rewrites messages, so that it cannot be kept as plain text; remove it from the message"
             )
-        return [
-            i for p in pieces for i in (self.encode(marks[p], plain=True) if p in marks else self._ids(p))
-        ]
+        return [i for p in pieces for i in (self.encode(marks[p], plain=True) if p in marks else self._ids(p))]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out; RequestError if an id is not from 0 to size - 1."""
@@ -121,7 +107,7 @@ class Tokenizer:
 
     def _ids(self, text: str) -> list[int]:
         """Ids of what a template wrote: it brings its own begin-of-text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return _encoded(self._tokenizer, text, whole=False)
 
     def _render(self, messages: Sequence[Message]) -> str:
         if self._template is None:
@@ -158,15 +144,25 @@ class TextStream:
         """The text that these ids complete; the bytes of an unfinished character wait for what follows."""
         new = _checked(ids, self._size)
         self._ids += new
-        piece = self._decoder.step(self._tokenizer, new) if new else None
-        self._out += len(piece or "")
-        return piece or ""
+        # one at a time: the decoder holds back all it is given at once if that ends within a character
+        piece = "".join(self._decoder.step(self._tokenizer, i) or "" for i in new)
+        self._out += len(piece)
+        return piece
 
     def flush(self) -> str:
         """What was held back, once no more ids follow."""
         piece = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._out :]
         self._out += len(piece)
         return piece
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, text: str, whole: bool) -> list[int]:
+    """`whole` adds what the tokenizer puts around a text of its own, such as a begin-of-text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the text cannot be written as UTF-8 ({error}); remove lone surrogates") from error
+    return tokenizer.encode(text, add_special_tokens=whole).ids
 
 
 def _checked(ids: Sequence[int], size: int) -> list[int]:
@@ -200,9 +196,7 @@ def _template(value: object, path: Path) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
     if value is not None and not isinstance(value, str):
-        raise ModelError(
-            f"{path}: chat_template is a {type(value).__name__}; expected a string; fetch the file again"
-        )
+        raise ModelError(f"{path}: chat_template is a {type(value).__name__}; expected a string; fetch the file again")
     return value
 
 
@@ -216,9 +210,7 @@ def _compiled(template: str, source: Path) -> Template:
     try:
         return sandbox.from_string(template)
     except TemplateSyntaxError as error:
-        raise ModelError(
-            f"the chat template of {source} is broken (line {error.lineno}: {error.message})"
-        ) from error
+        raise ModelError(f"the chat template of {source} is broken (line {error.lineno}: {error.message})") from error
 
 
 def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
@@ -232,20 +224,12 @@ def _refuse(message: str) -> None:
 def _check(messages: Sequence[Message]) -> None:
     """RequestError unless there is a message, and each has a role and a content and nothing else."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise RequestError(
-            f'messages={messages!r} is not allowed; pass [{{"role": "user", "content": "…"}}, …]'
-        )
+        raise RequestError(f'messages={messages!r} is not allowed; pass [{{"role": "user", "content": "…"}}, …]')
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise RequestError(
-                f"message {n} is {message!r}; expected an object with role and content, nothing else"
-            )
+            raise RequestError(f"message {n} is {message!r}; expected an object with role and content, nothing else")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or not role.isidentifier():
-            raise RequestError(
-                f"message {n} has role={role!r}; expected a word such as system, user, assistant"
-            )
+            raise RequestError(f"message {n} has role={role!r}; expected a word such as system, user, assistant")
         if not isinstance(content, str):
-            raise RequestError(
-                f"message {n} has a content of type {type(content).__name__}; expected a string"
-            )
+            raise RequestError(f"message {n} has a content of type {type(content).__name__}; expected a string")

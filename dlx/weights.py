@@ -34,9 +34,7 @@ def read_config(folder: str | Path) -> tuple[Json, Json]:
     folder = _folder(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(
-            f"{folder} has no config.json; name the folder of a checkpoint in the Hugging Face layout"
-        )
+        raise ModelError(f"{folder} has no config.json; name the folder of a checkpoint in the Hugging Face layout")
     generation = folder / "generation_config.json"
     return read_json(path), read_json(generation) if generation.is_file() else {}
 
@@ -48,9 +46,7 @@ def read_json(path: Path) -> Json:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
-        raise ModelError(
-            f"{path} holds a {type(value).__name__}; expected a JSON object; fetch the file again"
-        )
+        raise ModelError(f"{path} holds a {type(value).__name__}; expected a JSON object; fetch the file again")
     return value
 
 
@@ -69,9 +65,7 @@ def load(folder: str | Path, places: Mapping[str, Place], params: Mapping[str, T
     rows = dict.fromkeys(params, 0)
     for place in places.values():
         rows[place.param] += place.shape[0]
-    assert rows == {name: param.shape[0] for name, param in params.items()}, (
-        "places must cover the parameters"
-    )
+    assert rows == {name: param.shape[0] for name, param in params.items()}, "places must cover the parameters"
     with ExitStack() as stack:
         shards = [(path, stack.enter_context(_open(path))) for path in _shards(_folder(folder))]
         found = _check(folder, places, shards)
@@ -121,9 +115,7 @@ def _shards(folder: Path) -> list[Path]:
     for name in shards:
         # a plain name of a file in the folder; the file itself may be a link, as in the Hugging Face cache
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names the shard {name!r}; allowed are *.safetensors files in the same folder"
-            )
+            raise ModelError(f"{index} names the shard {name!r}; allowed are *.safetensors files in the same folder")
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {_listed(missing)}, which {INDEX} names; fetch the missing files")
@@ -145,18 +137,14 @@ def _open(path: Path) -> Shard:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is truncated or no safetensors file ({error}); fetch the file again"
-        ) from error
+        raise ModelError(f"{path} is truncated or no safetensors file ({error}); fetch the file again") from error
 
 
 def _read(path: Path, shard: Shard, name: str) -> Tensor:
     try:
         return shard.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: the tensor {name} cannot be read ({error}); fetch the file again"
-        ) from error
+        raise ModelError(f"{path}: the tensor {name} cannot be read ({error}); fetch the file again") from error
 
 
 def _check(
@@ -175,9 +163,7 @@ def _check(
             else:
                 found[name] = path, shard
                 wrong.extend(_misfit(name, shard, places[name]))
-    wrong.extend(
-        f"{name} is missing (shape {list(places[name].shape)})" for name in places if name not in found
-    )
+    wrong.extend(f"{name} is missing (shape {list(places[name].shape)})" for name in places if name not in found)
     if wrong:
         raise ModelError(
             f"the tensors of {folder} are not those of its config.json: {_listed(wrong, '; ')}. "

@@ -18,6 +18,7 @@ from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
 from dlx.models import family
 from dlx.models.card import Card
+from dlx.models.decoder import Decoder
 from dlx.observe import span
 from dlx.request import STOP_IDS
 from dlx.scheduler import Plan, Reply
@@ -84,8 +85,9 @@ class Worker:
             for slot, row in plan.admit.items():
                 packed = self._sent(buffer.pack(row, self.L, self.shapes.W, STOP_IDS))
                 buffer.admit_(self.buf, slot, packed, self.card.mask_id)
-            self.graphs.replay(self._step_graph(plan.bucket))
-            self._flights.append(self._read(plan))
+            rows = self._ready(plan.bucket)
+            self.graphs.replay(self._step_graph(rows))
+            self._flights.append(self._read(plan, self.out[:rows]))
 
     @property
     def in_flight(self) -> int:
@@ -112,7 +114,7 @@ class Worker:
         """The ids in a row's open places, masks included; waits for the device (live views only)."""
         return self.buf.tok[slot, : int(self.buf.open[slot])].flatten().tolist()
 
-    def _network(self) -> torch.nn.Module:
+    def _network(self) -> Decoder:
         kind = family(self.card.arch)
         net = kind.build(self.card, self.device, self.config.torch_dtype)
         params = dict(net.named_parameters())
@@ -142,8 +144,7 @@ class Worker:
             return packed
         return packed.pin_memory().to(self.device, non_blocking=True)
 
-    def _read(self, plan: Plan) -> Flight:
-        out = self.out[: plan.bucket]
+    def _read(self, plan: Plan, out: Tensor) -> Flight:
         if self.device.type == "cpu":
             return Flight(plan, out.clone(), None)
         host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
@@ -151,6 +152,11 @@ class Worker:
         landed = torch.cuda.Event()
         landed.record()
         return Flight(plan, host, landed)
+
+    def _ready(self, bucket: int) -> int:
+        """The bucket, or a larger one whose graph is made already: rows that are not there cost less than making it."""
+        made = [B for B in self.shapes.rows if bucket <= B and ("step", B) in self.graphs]
+        return bucket if self.config.graphs == "off" or not made else made[0]
 
     def _prefill_graph(self, T: int) -> tuple[str, int]:
         key = ("prefill", T)

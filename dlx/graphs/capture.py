@@ -76,7 +76,10 @@ def compiled(fn: Callable[[], None]) -> Callable[[], None]:
 
     def run() -> None:
         # one function is compiled once a bucket: more often than Dynamo's default limit expects
-        with torch._dynamo.config.patch(recompile_limit=64), torch._inductor.config.patch({"triton.cudagraphs": False}):
+        with (
+            torch._dynamo.config.patch(recompile_limit=64),
+            torch._inductor.config.patch({"triton.cudagraphs": False}),
+        ):
             inner()
 
     return run

@@ -31,9 +31,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "SDARForCausalLM": Family(
-        "sdar", mask_id=151669, block=4, stop_ids=(151645, 151643), qkv_bias=False, qk_norm=True
-    ),
+    "SDARForCausalLM": Family("sdar", mask_id=151669, block=4, stop_ids=(151645, 151643), qkv_bias=False, qk_norm=True),
 }
 
 # what the shared decoder does not compute: a key, the values that ask for nothing, and those in words
@@ -156,9 +154,7 @@ def _stop_ids(
     ids = named if isinstance(named, list) else [named]
     good = [i for i in ids if _is_integer(i, 0, vocab - 1)]
     if not good or good != ids:
-        raise _wrong(
-            "eos_token_id", named, f"an id, or a list of ids, from 0 to vocab_size - 1 = {vocab - 1}", file
-        )
+        raise _wrong("eos_token_id", named, f"an id, or a list of ids, from 0 to vocab_size - 1 = {vocab - 1}", file)
     return tuple(dict.fromkeys(good))
 
 

@@ -9,9 +9,10 @@ seen   [B, C]           int32  how many leading keys a query sees; 0 gives zeros
 →      [B, C, H, D]
 Work   4·Σ seen·H·D flops; reads max(seen)·G·D·2 elements a row once
 
-Block-causal, causal and full visibility differ in `seen` alone. The H / G queries of a group that share a key head are
-packed with the positions into the rows of one matmul, and a row's keys are split over programs (flash decoding), so that
-one request fills the GPU. The split of a row depends on the launch configuration and on its own `seen`, not on its neighbours.
+Block-causal, causal and full visibility differ in `seen` alone. The H / G queries of a group that share a key head
+are packed with the positions into the rows of one matmul, and a row's keys are split over programs (flash decoding),
+so that one request fills the GPU. How a row is split depends on the launch configuration and on its own `seen`, not
+on its neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlx.ops.op import Cost, Op
+from dlx.ops.op import Cost, Op, power_of_two
 
 
 class View(NamedTuple):
@@ -47,7 +48,7 @@ def reference(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) 
     scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
     weights = scores.softmax(-1).nan_to_num(0.0).masked_fill(~visible[:, :, None, None], 0.0)
     v = torch.where(visible.any(1)[..., None, None], v, 0.0)  # what nobody sees may be anything
-    return torch.einsum("bcgrj,bjgd->bcgrd", weights, v.to(acc)).reshape(B, C, H, D).to(q.dtype)
+    return torch.einsum("bcgrj,bjgd->bcgrd", weights, v.to(acc)).reshape(B, C, H, D).to(q.dtype).contiguous()
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def _attention(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        s = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32") * scale_log2.to(tl.float32)
+        s = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32") * scale_log2
         s = tl.where(j[None, :] < seen[:, None], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that sees nothing here
@@ -135,7 +136,7 @@ class Launch(NamedTuple):
 def choose(B: int, C: int, H: int, G: int, keys: int, processors: int) -> Launch:
     """The default configuration: enough splits that the programs fill the GPU once."""
     rows = C * (H // G)
-    BM = min(64, max(16, triton.next_power_of_2(rows)))
+    BM = min(64, max(16, power_of_two(rows)))
     programs = B * G * triton.cdiv(rows, BM)
     most = max(1, min(32, triton.cdiv(keys, 64)))  # a split of fewer than 64 keys is not worth its launch
     splits = 1

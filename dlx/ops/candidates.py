@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlx.ops.op import Cost, Op
+from dlx.ops.op import Cost, Op, power_of_two
 
 LAST = 2**31 - 1
 
@@ -49,7 +49,12 @@ def reference(
 def gumbel(seed: Tensor, vocab: int, pos: Tensor, age: Tensor) -> Tensor:
     """[T, vocab] f32 Gumbel noise from Philox4x32-10, keyed by `seed`, counted by (token, pos, age)."""
     low32 = 0xFFFFFFFF
-    c = [torch.arange(vocab, device=seed.device)[None], pos.long()[:, None], age.long()[:, None], torch.zeros_like(seed)[:, None]]
+    c = [
+        torch.arange(vocab, device=seed.device)[None],
+        pos.long()[:, None],
+        age.long()[:, None],
+        torch.zeros_like(seed)[:, None],
+    ]
     k0, k1 = (seed & low32)[:, None], (seed >> 32 & low32)[:, None]
     for _ in range(10):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
@@ -135,7 +140,7 @@ class Launch(NamedTuple):
 
 def choose(T: int) -> Launch:
     """The default configuration for T positions."""
-    BT = min(64, max(16, triton.next_power_of_2(T)))
+    BT = min(64, max(16, power_of_two(T)))
     return Launch(BT, 64, 128, 4, 4 if BT <= 32 else 3)
 
 
@@ -144,17 +149,17 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     T, E = h.shape
     c = choose(T)
-    tiles = triton.cdiv(vocab, c.BV)
+    tiles = -(-vocab // c.BV)
     value = torch.empty(4, T, tiles, device=h.device, dtype=torch.float32)
     index = torch.empty(T, tiles, device=h.device, dtype=torch.int32)
     tok = torch.empty(T, device=h.device, dtype=torch.int32)
     conf = torch.empty(T, device=h.device, dtype=torch.float32)
     _candidates[(tiles, triton.cdiv(T, c.BT))](
         h, head, temp, seed, pos, age, value, index, mask, vocab, T, tiles, T * tiles,
-        E, c.BT, c.BV, min(c.BE, triton.next_power_of_2(E)), h.dtype == torch.float32, not h.is_cuda,
+        E, c.BT, c.BV, min(c.BE, power_of_two(E)), h.dtype == torch.float32, not h.is_cuda,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    _candidates_combine[(T,)](value, index, tok, conf, tiles, T * tiles, triton.next_power_of_2(tiles), num_warps=4)
+    _candidates_combine[(T,)](value, index, tok, conf, tiles, T * tiles, power_of_two(tiles), num_warps=4)
     return tok, conf
 
 
@@ -176,19 +181,19 @@ def cases() -> dict[str, tuple[Any, ...]]:
 def _case(T: int, E: int, V: int, vocab: int, temp: float, mixed: bool = False, ties: bool = False) -> tuple[Any, ...]:
     rng = torch.Generator().manual_seed(1)
     head = torch.randn(V, E, generator=rng)
-    if ties:
-        head[V // 2 :] = head[: V // 2]  # every token has a twin; the lower id must win
+    h = torch.randn(T, E, generator=rng)
+    if ties:  # every token has a twin of which the lower id must win; small integers make the products exact
+        head, h = (4 * head).round(), (2 * h).round()
+        head[V // 2 :] = head[: V // 2]
     temps = torch.full((T,), temp)
     if mixed:
         temps[::3] = 1.3
     seed = torch.randint(0, 2**62, (T,), generator=rng)
     pos = torch.arange(T, dtype=torch.int32) + 40
-    return torch.randn(T, E, generator=rng), head, temps, seed, pos, torch.arange(T, dtype=torch.int32) // 4, 3, vocab
+    return h, head, temps, seed, pos, torch.arange(T, dtype=torch.int32) // 4, 3, vocab
 
 
-def cost(
-    h: Tensor, head: Tensor, temp: Tensor, seed: Tensor, pos: Tensor, age: Tensor, mask: int, vocab: int
-) -> Cost:
+def cost(h: Tensor, head: Tensor, temp: Tensor, seed: Tensor, pos: Tensor, age: Tensor, mask: int, vocab: int) -> Cost:
     T, E = h.shape
     return Cost(2 * T * vocab * E, (vocab * E + T * E) * h.element_size() + T * 28)
 

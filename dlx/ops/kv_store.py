@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlx.ops.op import Cost, Op
+from dlx.ops.op import Cost, Op, power_of_two
 
 
 def reference(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
@@ -51,7 +51,7 @@ def _kv_store(
 
 def kernel(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
     B, C, G, D = k.shape
-    block = triton.next_power_of_2(G * D)
+    block = power_of_two(G * D)
     _kv_store[(C, B)](
         k, v, kv, slots, k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), kv.stride(0), C,
         G, D, block, num_warps=min(8, max(1, block // 256)),

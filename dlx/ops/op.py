@@ -19,6 +19,11 @@ class Cost(NamedTuple):
     bytes: int
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 @dataclass(frozen=True)
 class Op:
     """An op of the namespace `torch.ops.dlx`: reference on the CPU, Triton kernel on CUDA, opaque to Inductor.

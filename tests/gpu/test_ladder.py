@@ -1,0 +1,78 @@
+"""Eager, compiled and captured runs of the bundled model give the same answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlx import LLM, SamplingParams
+from dlx.tasks import sample
+
+pytestmark = pytest.mark.gpu
+
+
+def chats(n: int) -> list[list[dict[str, str]]]:
+    rng = random.Random(11)
+    mix = {"gsm": 1, "arith": 1, "sort": 1, "json": 1, "code": 1}
+    return [[{"role": "user", "content": sample(rng, mix, want_held=True)[1]}] for _ in range(n)]
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Any operation that makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("policy", ["single_bd", "multi_bd"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ladder_gives_the_same_text(tiny: Path, policy: str, dtype: str) -> None:
+    params = [SamplingParams(max_tokens=192, temperature=t, seed=5) for t in [0.0] * 12 + [0.7] * 4]
+    answers = {}
+    for graphs in ("off", "compile", "capture"):
+        with LLM(tiny, policy=policy, graphs=graphs, device="cuda", dtype=dtype, max_num_seqs=4) as llm:
+            answers[graphs] = [(o.token_ids, o.nfe) for o in llm.generate(chats(16), params)]
+    same = {g: sum(a == b for a, b in zip(answers["off"], answers[g])) for g in answers}
+    assert same == {"off": 16, "compile": 16, "capture": 16}
+
+
+def test_a_gpu_answers_as_the_cpu_does(tiny: Path) -> None:
+    answers = []
+    for device in ("cpu", "cuda"):
+        with LLM(tiny, policy="multi_bd", graphs="off", device=device, dtype="float32") as llm:
+            answers.append([(o.token_ids, o.nfe) for o in llm.generate(chats(16))])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("graphs", ["off", "capture"])
+def test_decoding_never_makes_the_host_wait(tiny: Path, graphs: str) -> None:
+    with LLM(tiny, graphs=graphs, device="cuda", max_num_seqs=4) as llm:
+        expected = [o.token_ids for o in llm.generate(chats(6))]
+        with no_sync():
+            assert [o.token_ids for o in llm.generate(chats(6))] == expected
+
+
+def test_64_steady_steps_wait_only_for_the_small_read(tiny: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with LLM(tiny, graphs="capture", device="cuda", max_num_seqs=1) as llm:
+        engine = llm.engine
+        llm.generate(chats(1))
+        engine.add_all([([5] * 40, SamplingParams(max_tokens=1500, threshold=1.0, ignore_eos=True))])
+        for _ in range(8):
+            engine.step()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            for _ in range(64):
+                engine.step()
+        waits = {e.key: e.count for e in seen.key_averages() if "Synchronize" in e.key}
+        # the profiler itself waits for the device once, when it stops
+        waits.pop("cudaDeviceSynchronize", None)
+        assert waits == {"cudaEventSynchronize": 64}

@@ -1,0 +1,149 @@
+"""Streams: chunks join to the answer, windows show what follows it, and a stream may end early or share the engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from dlx import LLM, Chunk, Output, RequestError, SamplingParams
+from dlx.request import Finish
+
+L = 16
+LONG = SamplingParams(max_tokens=64, ignore_eos=True)
+PROMPTS = [[1, 267, 202, *random.Random(n).choices(range(36, 99), k=n)] for n in range(0, 40, 3)]
+
+
+def at_rest(llm: LLM) -> bool:
+    pool = llm.engine.scheduler.pool
+    pool.check_invariants()
+    return llm.engine.idle and pool.free == pool.total
+
+
+def whole(chunks: list[Chunk]) -> Output:
+    """The output in the last chunk, and in no other."""
+    *body, last = chunks
+    assert last.output is not None
+    assert last.finish is last.output.finish_reason
+    assert all(chunk.output is None and chunk.finish is None for chunk in body)
+    assert {chunk.id for chunk in chunks} == {last.output.id}
+    return last.output
+
+
+@pytest.fixture(scope="module", params=["single_bd", "multi_bd"])
+def two(request: pytest.FixtureRequest, nano: Path) -> Iterator[LLM]:
+    """The nano model with two slots, by either policy."""
+    with LLM(nano, policy=request.param, graphs="off", device="cpu", max_num_seqs=2) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("params", [SamplingParams(), LONG, replace(LONG, max_nfe=3, threshold=1.0)])
+def test_chunks_join_to_the_answer(two: LLM, params: SamplingParams, watch: bool) -> None:
+    for prompt in PROMPTS:
+        (expected,) = two.generate(prompt, params)
+        chunks = list(two.stream(prompt, params, watch))
+        output = whole(chunks)
+        assert output[1:-1] == expected[1:-1]  # all but the number and the timings
+        assert "".join(chunk.text for chunk in chunks) == output.text
+        assert [tok for chunk in chunks for tok in chunk.token_ids] == output.token_ids
+    assert at_rest(two)
+
+
+def test_a_stream_takes_every_form_of_prompt(two: LLM) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    for prompt in ("text", [72, 73], (72, 73), chat):
+        assert whole(list(two.stream(prompt, LONG))).text == two.generate(prompt, LONG)[0].text  # type: ignore[arg-type]
+    assert whole(list(two.stream("a"))).tokens <= SamplingParams().max_tokens
+
+
+def test_without_watch_windows_are_empty_and_chunks_bring_something(two: LLM) -> None:
+    for prompt in PROMPTS:
+        chunks = list(two.stream(prompt, LONG))
+        assert all(chunk.window == [] for chunk in chunks)
+        assert all(chunk.token_ids for chunk in chunks)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_a_watched_stream_has_a_chunk_a_forward(two: LLM, threshold: float) -> None:
+    chunks = list(two.stream(PROMPTS[5], replace(LONG, threshold=threshold), watch=True))
+    assert len(chunks) == whole(chunks).nfe
+    assert chunks[-1].window == []
+
+
+def test_a_window_begins_after_what_is_committed_and_its_tokens_stay(two: LLM) -> None:
+    """So it never shows the prompt; masks are in windows alone."""
+    masks = 0
+    for prompt in PROMPTS:
+        chunks = list(two.stream(prompt, replace(LONG, threshold=0.7), watch=True))
+        ids, n = whole(chunks).token_ids, 0
+        for chunk in chunks[:-1]:
+            n += len(chunk.token_ids)
+            assert (len(prompt) + n + len(chunk.window)) % L == 0
+            assert 0 < len(chunk.window) <= L * (two.policy.N + 1)
+            masks += chunk.window.count(two.card.mask_id)
+            follows = zip(chunk.window, ids[n:])
+            assert all(shown in (two.card.mask_id, tok) for shown, tok in follows)
+        assert two.card.mask_id not in ids
+    assert masks > 0
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_a_stream_that_is_closed_early_frees_its_place(two: LLM, watch: bool) -> None:
+    expected = two.generate(PROMPTS[3], LONG)[0].text
+    for taken in range(4):
+        stream = two.stream(PROMPTS[2], LONG, watch)
+        assert len(list(islice(stream, taken))) == taken
+        stream.close()  # type: ignore[attr-defined]
+        assert at_rest(two)
+        assert two.generate(PROMPTS[3], LONG)[0].text == expected
+
+
+def test_a_stream_whose_reader_fails_frees_its_place(two: LLM) -> None:
+    stream = two.stream(PROMPTS[2], LONG)
+    next(stream)
+    with pytest.raises(ZeroDivisionError):
+        stream.throw(ZeroDivisionError)  # type: ignore[attr-defined]
+    assert at_rest(two)
+
+
+def test_a_stream_that_is_refused_leaves_the_engine_as_it_was(two: LLM) -> None:
+    for prompt in ("", [], [3], [320], [{"role": "user"}]):
+        with pytest.raises(RequestError):
+            next(two.stream(prompt))  # type: ignore[arg-type]
+    assert at_rest(two)
+    assert whole(list(two.stream("a", LONG))).finish_reason is Finish.LENGTH
+
+
+def took(stream: Iterator[Chunk], most: int = 100) -> list[Chunk]:
+    """Its chunks; fails where it goes on without an end."""
+    chunks = list(islice(stream, most))
+    assert len(chunks) < most
+    return chunks
+
+
+def test_streams_may_be_read_in_turns(two: LLM) -> None:
+    expected = [two.generate(prompt, LONG)[0].text for prompt in PROMPTS[:3]]
+    streams = [two.stream(prompt, LONG, watch=True) for prompt in PROMPTS[:3]]  # more than there are slots
+    texts, left = [""] * 3, {0, 1, 2}
+    for _ in range(300):
+        for n in sorted(left):
+            chunk = next(streams[n])
+            texts[n] += chunk.text
+            if chunk.output is not None:
+                left.remove(n)
+    assert texts == expected
+    assert at_rest(two)
+
+
+def test_prompts_may_be_answered_while_a_stream_is_open(two: LLM) -> None:
+    expected = [two.generate(prompt, LONG)[0].text for prompt in PROMPTS[:2]]
+    stream = two.stream(PROMPTS[0], LONG)
+    first = next(stream)
+    assert two.generate(PROMPTS[1], LONG)[0].text == expected[1]
+    assert first.text + "".join(chunk.text for chunk in stream) == expected[0]
+    assert at_rest(two)
