@@ -114,7 +114,7 @@ def latency(scene: Scene, graphs: str, steps: int) -> dict[str, Any]:
 
 
 def stand(worker: Worker, scene: Scene) -> Scheduler:
-    """Admit the requests with prompts of random ids, so that every row decodes behind `context` tokens."""
+    """Admit the requests, so that every row decodes behind `context` tokens; their K/V is random, not prefilled."""
     pool = PagePool(worker.num_pages)
     scheduler = Scheduler(worker.policy, worker.card, worker.shapes, pool, worker.max_len)
     rng = random.Random(0)
@@ -124,7 +124,9 @@ def stand(worker: Worker, scene: Scene) -> Scheduler:
         scheduler.add(Request(n, rng.choices(ids, k=scene.context), params, time.monotonic()))
     plan = scheduler.plan()
     assert plan is not None and len(plan.running) == scene.requests
-    worker.launch(plan)
+    for pages in worker.kv:
+        pages.normal_()
+    worker.launch(plan._replace(prefill=[]))
     scheduler.take(*pair(worker))
     return scheduler
 

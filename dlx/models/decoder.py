@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlx.models.attention import Attention
 from dlx.models.card import Card
-from dlx.models.layers import MLP, RMSNorm, parameter, rotation
+from dlx.models.layers import MLP, RMSNorm, parameter
+from dlx.ops import OPS
 from dlx.ops.attention import View
+from dlx.ops.linear import MOST_ROWS, squared
 
 
 class Layer(nn.Module):
@@ -22,10 +27,6 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(card.hidden, card.eps, device, dtype)
         self.mlp = MLP(card.hidden, card.ffn, device, dtype)
 
-    def forward(self, x: Tensor, view: View, cos: Tensor, sin: Tensor, kv: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), view, cos, sin, kv)
-        return x + self.mlp(self.mlp_norm(x))
-
 
 class Decoder(nn.Module):
     """A network as the step sees it: `embed`, `forward`, `head`.
@@ -37,8 +38,9 @@ class Decoder(nn.Module):
 
     def __init__(self, card: Card, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
+        self.eps = card.eps
         self.table = parameter(card.vocab, card.hidden, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(Layer(card, device, dtype) for _ in range(card.layers))
+        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(card, device, dtype) for _ in range(card.layers)))
         self.norm = RMSNorm(card.hidden, card.eps, device, dtype)
         self.lm_head = self.table if card.tied else parameter(card.vocab, card.hidden, device=device, dtype=dtype)
         half = torch.arange(0, card.head_dim, 2, dtype=torch.float32, device=device) / card.head_dim
@@ -50,11 +52,33 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
         """[B, C, E] → [B, C, E] after the last norm; writes `kv[layer]` [2, P, S, G, D] at `view.slots`."""
-        cos, sin = rotation(view.pos, self.frequencies, x.dtype)
-        for layer, pages in zip(self.layers, kv, strict=True):
-            x = layer(x, view, cos, sin, pages)
-        return self.norm(x)
+        B, C, _ = x.shape
+        return (self._narrow if B * C <= MOST_ROWS else self._wide)(x, view, kv)
 
     def head(self) -> Tensor:
         """The LM head's weight [V, E]; `ops.candidates` takes it, logits stay inside the kernel."""
         return self.lm_head
+
+    def _narrow(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
+        """Few rows: our matmuls, with norms, residual and SwiGLU fused into them. h is the stream, a = h · gain."""
+        B, C, _ = x.shape
+        h, squares = x.flatten(0, 1), squared(x.flatten(0, 1))
+        gains = [gain for layer in self.layers for gain in (layer.attn_norm.weight, layer.mlp_norm.weight)]
+        following = iter([*gains[1:], self.norm.weight])
+        a = h * gains[0]
+        for layer, pages in zip(self.layers, kv, strict=True):
+            qkv = OPS["project"](a, squares, layer.attn.qkv.weight, self.eps, False)
+            y = layer.attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
+            h, a, squares = OPS["accumulate"](y, layer.attn.out.weight, h, next(following))
+            y = OPS["project"](a, squares, layer.mlp.gate_up.weight, self.eps, True)
+            h, a, squares = OPS["accumulate"](y, layer.mlp.down.weight, h, next(following))
+        scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
+        return (a.float() * scale).to(x.dtype).unflatten(0, (B, C))
+
+    def _wide(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
+        """Many rows: matmuls by cuBLAS, what is between them by Inductor."""
+        for layer, pages in zip(self.layers, kv, strict=True):
+            y = layer.attn(layer.attn.qkv(layer.attn_norm(x)), view, self.frequencies, pages)
+            x = x + layer.attn.out(y)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return self.norm(x)

@@ -1,4 +1,4 @@
-"""The layers that every family is made of, and rotary positions."""
+"""The layers that every family is made of."""
 
 from __future__ import annotations
 
@@ -47,15 +47,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
-
-
-def rotation(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, C, 1, D/2] of positions [B, C] int32; fp32 inside, cast to `dtype`."""
-    angle = pos[..., None, None].float() * frequencies
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x [B, C, H, D]: channel j pairs with j + D/2."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dlx.ops.attention import attention
 from dlx.ops.candidates import candidates
 from dlx.ops.kv_store import kv_store
+from dlx.ops.linear import accumulate, project
 from dlx.ops.op import Op
 
-OPS: dict[str, Op] = {op.name: op for op in (attention, candidates, kv_store)}
+OPS: dict[str, Op] = {op.name: op for op in (attention, candidates, kv_store, project, accumulate)}

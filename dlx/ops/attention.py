@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import Cost, Op, power_of_two
+from dlx.ops.op import Cost, Op, launch_options, power_of_two
 
 
 class View(NamedTuple):
@@ -55,8 +56,11 @@ def reference(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) 
 def _attention(
     q_ptr, kv_ptr, pages_ptr, seen_ptr, out_ptr, max_ptr, sum_ptr, scale_log2, C, W, plane,
     G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     split = tl.program_id(0) % SPLITS
     tile = tl.program_id(0) // SPLITS
     g = tl.program_id(1)
@@ -108,7 +112,12 @@ def _attention(
 
 
 @triton.jit
-def _attention_combine(part_ptr, max_ptr, sum_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr):
+def _attention_combine(
+    part_ptr, max_ptr, sum_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     at = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, D)
@@ -163,14 +172,16 @@ def launch(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float, con
         part = torch.empty(B, C, H, splits, D, device=q.device, dtype=torch.float32)
         top = torch.empty(2, B, C, H, splits, device=q.device, dtype=torch.float32)
         top, total = top[0], top[1]
+    pdl, options = launch_options(q)
     tiles = triton.cdiv(C * (H // G), config.BM)
     _attention[(tiles * splits, G, B)](
         q, kv, pages, seen, part, top, total, scale * 1.4426950408889634, C, pages.shape[1], kv.stride(0),
-        G, H // G, S, D, config.BM, config.BN, splits, q.dtype == torch.float32, not q.is_cuda,
-        num_warps=config.warps, num_stages=config.stages,
+        G, H // G, S, D, config.BM, config.BN, splits, pdl, q.dtype == torch.float32, not q.is_cuda,
+        num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     if splits > 1:
-        _attention_combine[(B * C * H,)](part, top, total, out, D, splits, num_warps=1 if D * splits <= 1024 else 4)
+        warps = 1 if D * splits <= 1024 else 4
+        _attention_combine[(B * C * H,)](part, top, total, out, D, splits, pdl, num_warps=warps, **options)
     return out
 
 

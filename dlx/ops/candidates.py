@@ -25,8 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import Cost, Op, power_of_two
+from dlx.ops.op import Cost, Op, launch_options, power_of_two
 
 LAST = 2**31 - 1
 
@@ -67,8 +68,12 @@ def gumbel(seed: Tensor, vocab: int, pos: Tensor, age: Tensor) -> Tensor:
 @triton.jit
 def _candidates(
     h_ptr, head_ptr, temp_ptr, seed_ptr, pos_ptr, age_ptr, value_ptr, index_ptr, mask, vocab, T, TILES, plane,
-    E: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    E: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BE: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tl.program_id(0)
     v = tile * BV + tl.arange(0, BV)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -110,7 +115,12 @@ def _candidates(
 
 
 @triton.jit
-def _candidates_combine(value_ptr, index_ptr, tok_ptr, conf_ptr, TILES, plane, BLOCK: tl.constexpr):
+def _candidates_combine(
+    value_ptr, index_ptr, tok_ptr, conf_ptr, TILES, plane, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     t = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     ok = i < TILES
@@ -150,16 +160,19 @@ def kernel(
     T, E = h.shape
     c = choose(T)
     tiles = -(-vocab // c.BV)
+    pdl, options = launch_options(h)
     value = torch.empty(4, T, tiles, device=h.device, dtype=torch.float32)
     index = torch.empty(T, tiles, device=h.device, dtype=torch.int32)
     tok = torch.empty(T, device=h.device, dtype=torch.int32)
     conf = torch.empty(T, device=h.device, dtype=torch.float32)
     _candidates[(tiles, triton.cdiv(T, c.BT))](
         h, head, temp, seed, pos, age, value, index, mask, vocab, T, tiles, T * tiles,
-        E, c.BT, c.BV, min(c.BE, power_of_two(E)), h.dtype == torch.float32, not h.is_cuda,
-        num_warps=c.warps, num_stages=c.stages,
+        E, c.BT, c.BV, min(c.BE, power_of_two(E)), pdl, h.dtype == torch.float32, not h.is_cuda,
+        num_warps=c.warps, num_stages=c.stages, **options,
     )  # fmt: skip
-    _candidates_combine[(T,)](value, index, tok, conf, tiles, T * tiles, power_of_two(tiles), num_warps=4)
+    _candidates_combine[(T,)](
+        value, index, tok, conf, tiles, T * tiles, power_of_two(tiles), pdl, num_warps=4, **options
+    )
     return tok, conf
 
 

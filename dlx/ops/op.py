@@ -24,6 +24,15 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def launch_options(x: torch.Tensor) -> tuple[bool, dict[str, bool]]:
+    """(PDL, launch keywords) of a kernel that calls `gdc_wait` before it reads what another kernel wrote.
+
+    Programmatic dependent launch needs sm_90; a kernel launched with it that does not wait is a race.
+    """
+    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return pdl, {"launch_pdl": True} if pdl else {}
+
+
 @dataclass(frozen=True)
 class Op:
     """An op of the namespace `torch.ops.dlx`: reference on the CPU, Triton kernel on CUDA, opaque to Inductor.
@@ -34,6 +43,7 @@ class Op:
     cases      name → arguments, small enough for Triton's interpreter
     cost       least work for given arguments
     mutates    names of the arguments written to
+    wide       names of the matrices that are fp32 whatever the case's dtype
     rtol, atol how far the kernel in the case's dtype may be from the reference in fp64
     """
 
@@ -44,6 +54,7 @@ class Op:
     cases: Callable[[], dict[str, tuple[Any, ...]]]
     cost: Callable[..., Cost]
     mutates: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
     rtol: float = 0.0
     atol: float = 0.0
 

@@ -12,7 +12,6 @@ from dlx.graphs.buffer import BlockBuffer, Row
 from dlx.graphs.policies import POLICIES, Policy
 from dlx.graphs.rules import Fixed
 from dlx.graphs.step import Ids, leading, step_
-from dlx.ops import OPS
 from dlx.ops.attention import View
 
 MASK, V, L, S, W = 31, 32, 4, 8, 8
@@ -34,8 +33,8 @@ class Table(nn.Module):
     def forward(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
         self.forwards += 1
         self.views.append(view)
-        k = x[:, :, None].contiguous()
-        OPS["kv_store"](k, k, kv[0], view.slots)
+        keep = view.slots >= 0
+        kv[0].flatten(1, 2)[:, view.slots[keep].long(), 0, 0] = x[keep][:, 0]
         pos = view.pos.long().clamp_max(len(self.script) - 1)
         return nn.functional.one_hot(self.script[pos], V).float() * self.sharp[pos][..., None]
 

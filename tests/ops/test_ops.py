@@ -19,17 +19,17 @@ each = pytest.mark.parametrize(("op", "case"), CASES, ids=IDS)
 TOKENS = {"candidates": 0}
 
 
-def as_dtype(args: tuple[Any, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
-    """The arguments with their activations and weights in `dtype`; per-row numbers stay fp32."""
+def as_dtype(op: Op, args: tuple[Any, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
+    """The arguments with their activations and weights in `dtype`; per-row numbers and `wide` ones stay fp32."""
 
-    def cast(x: Any) -> Any:
+    def cast(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        wide = x.is_floating_point() and x.dim() > 1
+        wide = x.is_floating_point() and x.dim() > 1 and (name not in op.wide or dtype == torch.float64)
         strided = torch.empty_strided(x.shape, x.stride(), dtype=dtype if wide else x.dtype, device=device)
         return strided.copy_(x)
 
-    return tuple(cast(x) for x in args)
+    return tuple(cast(name, x) for name, x in zip(op.reference.__annotations__, args, strict=False))
 
 
 def clone(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -54,7 +54,7 @@ def check(op: Op, args: tuple[Any, ...], fn: Any) -> None:
     want = run(
         op.reference,
         op,
-        as_dtype(clone(tuple(x.cpu() if isinstance(x, Tensor) else x for x in args)), torch.float64),
+        as_dtype(op, clone(tuple(x.cpu() if isinstance(x, Tensor) else x for x in args)), torch.float64),
     )
     got = [x.cpu() for x in run(fn, op, clone(args))]
     exact = all(x.dtype != torch.bfloat16 for x in args if isinstance(x, Tensor))
@@ -104,7 +104,7 @@ def test_the_cost_counts_work(op: Op, case: str) -> None:
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_interpreted_kernel_agrees_with_the_reference(op: Op, case: str, dtype: torch.dtype) -> None:
-    check(op, as_dtype(op.cases()[case], dtype), op.kernel)
+    check(op, as_dtype(op, op.cases()[case], dtype), op.kernel)
 
 
 @pytest.mark.interp
@@ -131,7 +131,7 @@ def test_attention_is_the_same_for_any_split_of_the_keys(splits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("how", ["eager", "compiled", "captured"])
 def test_the_kernel_agrees_with_the_reference_on_a_gpu(op: Op, case: str, dtype: torch.dtype, how: str) -> None:
-    args = as_dtype(op.cases()[case], dtype, "cuda")
+    args = as_dtype(op, op.cases()[case], dtype, "cuda")
     if how == "eager":
         return check(op, args, op)
     if how == "compiled":
@@ -154,7 +154,7 @@ def test_the_kernel_agrees_with_the_reference_on_a_gpu(op: Op, case: str, dtype:
 @pytest.mark.gpu
 @each
 def test_the_kernel_gives_the_same_bits_twice(op: Op, case: str) -> None:
-    args = as_dtype(op.cases()[case], torch.bfloat16, "cuda")
+    args = as_dtype(op, op.cases()[case], torch.bfloat16, "cuda")
     one, two = run(op, op, clone(args)), run(op, op, clone(args))
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
@@ -162,7 +162,9 @@ def test_the_kernel_gives_the_same_bits_twice(op: Op, case: str) -> None:
 
 @pytest.mark.gpu
 def test_an_attention_row_alone_equals_the_row_in_a_batch() -> None:
-    q, kv, pages, seen, scale = as_dtype(OPS["attention"].cases()["ragged rows"], torch.bfloat16, "cuda")
+    q, kv, pages, seen, scale = as_dtype(
+        OPS["attention"], OPS["attention"].cases()["ragged rows"], torch.bfloat16, "cuda"
+    )
     config = choose(*q.shape[:3], kv.shape[3], 64, 132)
     batch = launch(q, kv, pages, seen, scale, config)
     for b in range(q.shape[0]):
