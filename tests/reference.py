@@ -46,9 +46,7 @@ class Qwen3:
         config = Qwen3Config(**known, attn_implementation="eager")
         config.use_cache = False
         self.net = Qwen3ForCausalLM(config).float().eval()
-        tensors = {
-            k: v.float() for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()
-        }
+        tensors = {k: v.float() for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
         missing, extra = self.net.load_state_dict(tensors, strict=False)
         tied = ["lm_head.weight"] if config.tie_word_embeddings else []
         assert missing in ([], tied), missing
@@ -192,9 +190,7 @@ def progress(ids: list[int], block: int, L: int, mask: int) -> float:
     return sum(tok != mask for tok in ids[block * L : (block + 1) * L]) / L
 
 
-def deliver(
-    ids: list[int], first: int, end: int, limit: int, stops: Iterable[int], out: list[int]
-) -> str | None:
+def deliver(ids: list[int], first: int, end: int, limit: int, stops: Iterable[int], out: list[int]) -> str | None:
     """Append the tokens that follow `out` up to position `end` → why the answer ends, if it does."""
     while first + len(out) < min(end, limit):
         out.append(ids[first + len(out)])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlx.graphs.step import Network, slots
+from dlx.graphs.step import Network
 from dlx.ops.attention import View
 
 
@@ -51,5 +51,4 @@ def prefill_(L: int, net: Network, prompt: Prompt, kv: tuple[Tensor, ...]) -> No
     pos = prompt.start[:, None] + at
     valid = at < prompt.n[:, None]
     seen = torch.where(valid, (pos // L + 1) * L, 0)
-    where = slots(pos[..., None], valid, prompt.pages, kv[0].shape[2])
-    net.forward(net.embed(prompt.tok), View(pos, where, prompt.pages, seen), kv)
+    net.forward(net.embed(prompt.tok), View(pos, prompt.pages, seen), kv)

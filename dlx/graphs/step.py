@@ -62,9 +62,11 @@ def denoise(
 
     # look: every open place is computed; the N from `lead` (or 0) on may decode
     part = (seat < opened[:, None]) & ~buf.done[:, None]
-    pos = buf.start[:, None, None] + torch.arange(places * L, device=seat.device, dtype=torch.int32).view(places, L)
-    seen = torch.where(part, buf.start[:, None] + (seat + 1).int() * L, 0)[..., None].expand(-1, -1, L)
-    view = View(pos.flatten(1), slots(pos, part, buf.pages, kv[0].shape[2]), buf.pages, seen.flatten(1))
+    # straight to [B, C]: a view would be copied for every layer
+    at = torch.arange(places * L, device=seat.device, dtype=torch.int32)
+    pos = buf.start[:, None] + at
+    takes_part = (at // L < opened[:, None]) & ~buf.done[:, None]
+    view = View(pos, buf.pages, torch.where(takes_part, buf.start[:, None] + (at // L + 1) * L, 0))
     ahead = lead > 0
     cut = Cut(ahead)
     before = torch.cat((torch.ones_like(progress[:, :1]), progress[:, :-1]), 1)
@@ -74,7 +76,7 @@ def denoise(
 
     # think: write K/V of what is looked at, attend to pages, turn the deciding positions into candidates
     h = net.forward(policy.embed(net.embed, buf.tok.flatten(1)), view, kv)
-    c = propose(cut(h.unflatten(1, (places, L))), net.head(), temp, buf, cut(pos), ids)
+    c = propose(cut(h.unflatten(1, (places, L))), net.head(), temp, buf, cut(pos.unflatten(1, (places, L))), ids)
 
     # decide
     take = policy.select(c, w)
@@ -98,12 +100,6 @@ def leading(whole: Tensor) -> Tensor:
     """[B, N+1] bool → [B] int32: how many leading places are whole."""
     seat = torch.arange(whole.shape[1], device=whole.device, dtype=torch.int32)
     return torch.where(whole, whole.shape[1], seat).amin(1).int()
-
-
-def slots(pos: Tensor, part: Tensor, pages: Tensor, S: int) -> Tensor:
-    """[B, N+1, L] positions → [B, C] int32 page · S + offset; -1 where a place takes no part."""
-    page = pages.gather(1, (pos // S).clamp_max(pages.shape[1] - 1).flatten(1).long()).view_as(pos)
-    return torch.where(part[..., None], page * S + pos % S, -1).int().flatten(1)
 
 
 class Cut:

@@ -28,6 +28,6 @@ class Attention(nn.Module):
         """qkv [B, C, (H + 2G)·D] → [B, C, H·D]; writes this layer's pages kv [2, P, S, G, D]."""
         q = OPS["kv_store"](
             qkv.unflatten(-1, (self.heads, self.head_dim)), self.q_norm.weight, self.k_norm.weight,
-            view.pos, frequencies, kv, view.slots, self.eps,
+            view.pos, frequencies, kv, view.pages, view.seen, self.eps,
         )  # fmt: skip
         return OPS["attention"](q, kv, view.pages, view.seen, self.head_dim**-0.5).flatten(2)

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         return F.embedding(tok, self.table)
 
     def forward(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
-        """[B, C, E] → [B, C, E] after the last norm; writes `kv[layer]` [2, P, S, G, D] at `view.slots`."""
+        """[B, C, E] → [B, C, E] after the last norm; writes `kv[layer]` [2, P, S, G, D]."""
         B, C, _ = x.shape
         return (self._narrow if B * C <= MOST_ROWS else self._wide)(x, view, kv)
 

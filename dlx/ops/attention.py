@@ -33,9 +33,8 @@ class View(NamedTuple):
     """All that attention knows of a forward: where its positions are and what they see."""
 
     pos: Tensor  # [B, C]  int32  absolute positions
-    slots: Tensor  # [B, C]  int32  page · S + offset of each position; < 0 is not stored
     pages: Tensor  # [B, W]  int32
-    seen: Tensor  # [B, C]  int32
+    seen: Tensor  # [B, C]  int32  leading keys a position sees, itself among them; 0 takes no part and is not stored
 
 
 def reference(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) -> Tensor:

@@ -165,7 +165,7 @@ def _linear(
 
 
 class Launch(NamedTuple):
-    """A launch configuration: rows and depth of a weight tile, splits of K, K steps asked for ahead, warps, pipeline stages."""
+    """A launch configuration: rows and depth of a weight tile, splits of K, steps asked for ahead, warps, stages."""
 
     BN: int
     BK: int
@@ -221,7 +221,8 @@ def launch(
         x, weight, out if squares is None else squares, out if h is None else h, out if gain is None else gain,
         out, scaled, sums, part, locks(x.device), T, N, K, count, eps,
         config.splits, min(config.ahead, K // config.BK // config.splits),
-        BT, BN, config.BK, power_of_two(count), config.splits > 1, kind, K % config.BK == 0 and N % (2 * BN) == 0, pdl, x.dtype == torch.float32, not x.is_cuda,
+        BT, BN, config.BK, power_of_two(count), config.splits > 1, kind, K % config.BK == 0 and N % (2 * BN) == 0,
+        pdl, x.dtype == torch.float32, not x.is_cuda,
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out, scaled, sums

@@ -33,8 +33,9 @@ class Table(nn.Module):
     def forward(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
         self.forwards += 1
         self.views.append(view)
-        keep = view.slots >= 0
-        kv[0].flatten(1, 2)[:, view.slots[keep].long(), 0, 0] = x[keep][:, 0]
+        row, c = (view.seen > view.pos).nonzero(as_tuple=True)
+        pos = view.pos[row, c].long()
+        kv[0][:, view.pages[row, pos // S].long(), pos % S, 0, 0] = x[row, c, 0]
         pos = view.pos.long().clamp_max(len(self.script) - 1)
         return nn.functional.one_hot(self.script[pos], V).float() * self.sharp[pos][..., None]
 
@@ -180,7 +181,6 @@ def test_a_finished_row_is_inert() -> None:
         assert out[0].tolist()[-3:] == [0, 1, buffer.RUNNING]
     assert all(torch.equal(a, b[0]) for a, b in zip(still, buf))
     assert torch.equal(pages.nan_to_num(), kv[0][:, :W].nan_to_num())
-    assert (net.views[-1].slots[0] == -1).all()
     assert (net.views[-1].seen[0] == 0).all()
 
 

@@ -50,8 +50,8 @@ def mixed(n: int) -> list[tuple[list[int], SamplingParams]]:
 
     def params() -> SamplingParams:
         return SamplingParams(
-            max_tokens=draw.randint(1, 30),
-            temperature=draw.choice([0.0, 0.0, 0.4, 1.0]),
+            max_tokens=draw.randint(1, 24),
+            temperature=draw.choice([0.0] * 4 + [0.4, 1.0, 50.0]),  # the last draws bytes that are no text
             seed=draw.getrandbits(60),
             threshold=draw.choice([None, 0.0, 0.3, 0.6, 1.0]),
             open_at=draw.choice([None, 0.5]),
@@ -158,6 +158,13 @@ def test_an_output_counts_and_decodes_what_it_says(four: LLM) -> None:
         assert stopped or params.ignore_eos or not {2, *params.stop_token_ids} & set(out.token_ids)
         if not stopped:
             assert out.finish_reason is (Finish.LENGTH if out.tokens == params.max_tokens else Finish.MAX_NFE)
+
+
+def test_timings_tell_waiting_from_decoding(four: LLM) -> None:
+    *first, last = [out.timings for out in four.generate([[72]] * 5, replace(LONG, threshold=1.0))]
+    for times in (*first, last):
+        assert 0 < times.admitted_s < times.first_block_s < times.total_s
+    assert all(last.admitted_s > times.first_block_s for times in first)
 
 
 def test_requests_get_the_same_in_company_as_alone(four: LLM, solo: list[Said]) -> None:

@@ -15,13 +15,18 @@ from dlx.request import Finish
 
 L = 16
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
+CASES = [
+    SamplingParams(max_tokens=40),
+    replace(LONG, max_nfe=4, threshold=0.6),
+    replace(LONG, max_tokens=7, temperature=50.0, seed=1),  # bytes that are no text, cut within a character
+]
 PROMPTS = [[1, 267, 202, *random.Random(n).choices(range(36, 99), k=n)] for n in (0, 7, 12, 13, 24, 33)]
 
 
 def at_rest(llm: LLM) -> bool:
     pool = llm.engine.scheduler.pool
     pool.check_invariants()
-    return llm.engine.idle and pool.free == pool.total
+    return llm.engine.idle and pool.free == pool.total and bool(llm.engine.worker.buf.done.all())
 
 
 def whole(chunks: list[Chunk]) -> Output:
@@ -42,7 +47,7 @@ def two(request: pytest.FixtureRequest, nano: Path) -> Iterator[LLM]:
 
 
 @pytest.mark.parametrize("watch", [False, True])
-@pytest.mark.parametrize("params", [SamplingParams(max_tokens=40), replace(LONG, max_nfe=4, threshold=0.6)])
+@pytest.mark.parametrize("params", CASES)
 def test_chunks_join_to_the_answer(two: LLM, params: SamplingParams, watch: bool) -> None:
     for prompt in PROMPTS:
         (expected,) = two.generate(prompt, params)

@@ -228,7 +228,7 @@ class Pages(NamedTuple):
         """Ids [T] at positions `first` on → [T, V]; they see what is in the pages before them."""
         pos = torch.arange(first, first + len(ids), dtype=torch.int32)[None]
         seen = pos + 1 if causal else (pos // self.L + 1) * self.L
-        view = View(pos=pos, slots=pos, pages=self.table, seen=seen.int())
+        view = View(pos=pos, pages=self.table, seen=seen.int())
         with torch.inference_mode():
             hidden = self.net(self.net.embed(ids[None].int()), view, self.kv)
             return (hidden @ self.net.head().T)[0]
