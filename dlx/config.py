@@ -58,9 +58,9 @@ class Config(BaseModel):
     max_num_seqs: int = Field(default=8, ge=1, le=1024)
     max_model_len: int | None = Field(default=None, ge=1)
     page_size: int | None = Field(default=None, ge=1, le=1024)
-    num_pages: int | None = Field(default=None, ge=1)
+    num_pages: int | None = Field(default=None, ge=1, lt=2**31)
     load_format: Literal["safetensors", "dummy"] = "safetensors"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @staticmethod
     def from_args(
@@ -72,10 +72,12 @@ class Config(BaseModel):
         **rest: Any,
     ) -> Config:
         """Fill in what was left open, for this machine. Raises ConfigError or PolicyError."""
+        if device is not None and not isinstance(device, str):
+            raise ConfigError(f"device={device!r} is not supported; use cpu or cuda, as text")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = device.split(":")[0] == "cuda"
         values = {
-            "model": TINY if model is None else model,
+            "model": TINY if model is None else Path(model).expanduser() if isinstance(model, str | Path) else model,
             "policy": named(policy),
             "graphs": graphs or ("capture" if on_gpu else "off"),
             "device": device,
@@ -87,14 +89,15 @@ class Config(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{name}={first['input']!r} is not allowed: {first['msg']}") from None
+            allowed = first["msg"] if first["type"] != "extra_forbidden" else f"use {', '.join(Config.model_fields)}"
+            raise ConfigError(f"{name}={first['input']!r} is not allowed: {allowed}") from None
         config.check()
         return config
 
     def check(self) -> None:
         """Raise ConfigError for what this machine cannot do."""
-        kind = self.device.split(":")[0]
-        if kind not in ("cpu", "cuda"):
+        kind, _, index = self.device.partition(":")
+        if kind not in ("cpu", "cuda") or (":" in self.device and not index.isdecimal()):
             raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")

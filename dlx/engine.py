@@ -64,7 +64,7 @@ class Engine:
             if self.scheduler.idle:
                 self.worker.discard()
                 break
-            chunks += self._harvest(watch)
+            chunks += self._harvest(watch and self.worker.in_flight == 1)
         return chunks
 
     def _harvest(self, watch: bool) -> list[Chunk]:

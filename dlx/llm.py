@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -39,6 +40,7 @@ class LLM:
     ) -> None:
         self.config = Config.from_args(model, policy, graphs, device, dtype, **config)
         self._engine: Engine | None = Engine(self.config)
+        self._streams: dict[int, deque[Chunk]] = {}  # open streams: what they have not yet handed on
 
     @property
     def engine(self) -> Engine:
@@ -79,15 +81,21 @@ class LLM:
         engine = self.engine
         ids = [self._ids(prompt) for prompt in many]
         requests = engine.add_all(list(zip(ids, each, strict=True)))
-        done: dict[int, Output] = {}
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task("prompts", total=len(many))
-            while len(done) < len(requests):
-                for chunk in engine.step():
-                    if chunk.output is not None:
-                        done[chunk.id] = chunk.output
-                        bar.advance(task)
-        return [done[id] for id in requests]
+        done: dict[int, Output | None] = dict.fromkeys(requests)
+        left = len(done)
+        try:
+            with Progress(console=Console(stderr=True), disable=not progress) as bar:
+                task = bar.add_task("prompts", total=left)
+                while left:
+                    for chunk in self._turn(engine):
+                        if chunk.output is not None and chunk.id in done:
+                            done[chunk.id] = chunk.output
+                            left -= 1
+                            bar.advance(task)
+        finally:
+            for id in requests if left else ():
+                engine.abort(id)
+        return [output for output in done.values() if output is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, watch: bool = False) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; the last chunk holds the whole output.
@@ -95,17 +103,22 @@ class LLM:
         watch  a chunk every forward, with the window's undecided tokens: for live views, as it waits for the device
         """
         engine = self.engine
-        (request,) = engine.add_all([(self._ids(prompt), params or SamplingParams())])
+        many = _as_list(prompt)
+        if len(many) != 1:
+            raise RequestError(f"a stream answers one prompt, not {len(many)}; use generate, or a stream a prompt")
+        (request,) = engine.add_all([(self._ids(many[0]), _as_params(params, 1)[0])])
+        inbox = self._streams[request] = deque[Chunk]()
         finished = False
         try:
             while not finished:
-                for chunk in engine.step(watch):
-                    if chunk.id == request:
-                        finished = chunk.output is not None
-                        yield chunk
+                while not inbox:
+                    self._turn(engine, watch)
+                chunk = inbox.popleft()
+                finished = chunk.output is not None
+                yield chunk
         finally:
-            if not finished:
-                engine.abort(request)
+            del self._streams[request]
+            engine.abort(request)  # ignored if it has ended
 
     def close(self) -> None:
         """Give the memory back; may be called twice."""
@@ -116,6 +129,14 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _turn(self, engine: Engine, watch: bool = False) -> list[Chunk]:
+        """One step, whoever asks for it; chunks of open streams are kept for them."""
+        chunks = engine.step(watch)
+        for chunk in chunks:
+            if chunk.id in self._streams:
+                self._streams[chunk.id].append(chunk)
+        return chunks
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -144,6 +165,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
+    if not isinstance(params, list | tuple) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError(f"params={params!r} is not allowed; pass SamplingParams(…), or a list of one a prompt")
     if len(params) != n:
         raise RequestError(f"{len(params)} sampling parameters for {n} prompts; pass one for all, or one a prompt")
     return list(params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from dlx.errors import CapacityError, EngineError
 
 
@@ -29,12 +31,13 @@ class PagePool:
         return pages
 
     def release(self, pages: list[int]) -> None:
-        """Give pages back. Raises EngineError for a page that is not held."""
-        for page in pages:
-            if page not in self._held:
-                raise EngineError(f"page {page} is released but not held")
-            self._held.remove(page)
-            self._free.append(page)
+        """Give pages back. Raises EngineError, and gives none back, if one is not held."""
+        wrong = [page for page, times in Counter(pages).items() if times > 1 or page not in self._held]
+        if wrong:
+            raise EngineError(f"page {wrong[0]} is released but not held")
+        self._held.difference_update(pages)
+        self._free += pages
+        self._free.sort(reverse=True)
 
     def check_invariants(self) -> None:
         """Every page is free or held, and none is both."""

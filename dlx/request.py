@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
 from dlx.errors import RequestError
 
+COLDEST = 1e-4  # below, logits ÷ temperature may overflow
 STOP_IDS = 8  # stop ids one row of the Block Buffer holds
 
 
@@ -52,6 +53,10 @@ class SamplingParams:
         """Raise RequestError for the first value that is outside its range."""
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _number("temperature", self.temperature, 0.0, 100.0)
+        if 0 < self.temperature < COLDEST:
+            raise RequestError(
+                f"temperature={self.temperature!r} is not allowed; pass 0, or a number from {COLDEST:g} to 100"
+            )
         for name in ("threshold", "open_at", "force_at"):
             value = getattr(self, name)
             if value is not None:
@@ -62,6 +67,8 @@ class SamplingParams:
             _integer("seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos={self.ignore_eos!r} is not a bool; pass True or False")
+        if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Iterable):
+            raise RequestError(f"stop_token_ids={self.stop_token_ids!r} is not allowed; pass a tuple of ids")
         for stop in self.stop_token_ids:
             _integer("stop_token_ids", stop, 0, 2**31 - 1)
 
@@ -72,8 +79,8 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not low <= float(value) <= high:  # type: ignore[arg-type]
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{name}={value!r} is not allowed; pass a number from {low:g} to {high:g}")
 
 

@@ -137,7 +137,10 @@ class Worker:
 
     def _pages(self) -> Tensor:
         shape = (2, self.num_pages, self.shapes.S, self.card.kv_heads, self.card.head_dim)
-        return torch.zeros(shape, dtype=self.config.torch_dtype, device=self.device)
+        try:
+            return torch.zeros(shape, dtype=self.config.torch_dtype, device=self.device)
+        except RuntimeError as error:
+            raise CapacityError(f"num_pages={self.num_pages} pages of K/V do not fit into memory; use fewer") from error
 
     def _sent(self, packed: Tensor) -> Tensor:
         if self.device.type == "cpu":

@@ -51,15 +51,11 @@ class Shape:
 
 ZOO = {
     "b4": Shape(4, heads=4, kv_heads=4, head_dim=16, layers=3, hidden=64, ffn=128),
-    "b8": Shape(
-        8, heads=6, kv_heads=2, head_dim=32, layers=2, hidden=96, ffn=160, vocab=352, words=341, tied=True
-    ),
+    "b8": Shape(8, heads=6, kv_heads=2, head_dim=32, layers=2, hidden=96, ffn=160, vocab=352, words=341, tied=True),
     "b16": Shape(
         16, heads=8, kv_heads=1, head_dim=16, layers=4, hidden=128, ffn=192, rope_theta=1e4, rms_norm_eps=1e-5
     ),
-    "b16-wide-heads": Shape(
-        16, heads=2, kv_heads=1, head_dim=64, layers=5, hidden=48, ffn=256, words=300, tied=True
-    ),
+    "b16-wide-heads": Shape(16, heads=2, kv_heads=1, head_dim=64, layers=5, hidden=48, ffn=256, words=300, tied=True),
     "b32": Shape(32, heads=5, kv_heads=5, head_dim=24, layers=2, hidden=80, ffn=112, rope_theta=1e5),
 }
 # Without block_size and mask_token_id in config.json these hold for SDAR: its tokenizer's ids, blocks of 4.

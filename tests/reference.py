@@ -43,9 +43,10 @@ class Qwen3:
     def __init__(self, folder: Path, block_length: int, mask_id: int | None = None) -> None:
         facts: dict[str, Any] = json.loads((folder / "config.json").read_text())
         known = {key: value for key, value in facts.items() if key not in ("architectures", "model_type")}
-        config = Qwen3Config(**known, attn_implementation="eager")
+        config = Qwen3Config(**known)
         config.use_cache = False
         self.net = Qwen3ForCausalLM(config).float().eval()
+        self.net.set_attn_implementation("eager")
         tensors = {k: v.float() for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
         missing, extra = self.net.load_state_dict(tensors, strict=False)
         tied = ["lm_head.weight"] if config.tie_word_embeddings else []

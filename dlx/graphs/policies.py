@@ -59,6 +59,6 @@ def named(policy: str | Policy) -> Policy:
     """The policy of that name; a Policy passes through. Raises PolicyError for an unknown name."""
     if isinstance(policy, Policy):
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise PolicyError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or pass a Policy")
     return POLICIES[policy]

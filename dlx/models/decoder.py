@@ -64,14 +64,15 @@ class Decoder(nn.Module):
         B, C, _ = x.shape
         h, squares = x.flatten(0, 1), squared(x.flatten(0, 1))
         gains = [gain for layer in self.layers for gain in (layer.attn_norm.weight, layer.mlp_norm.weight)]
-        following = iter([*gains[1:], self.norm.weight])
+        gain = iter([*gains[1:], self.norm.weight])
         a = h * gains[0]
         for layer, pages in zip(self.layers, kv, strict=True):
-            qkv = OPS["project"](a, squares, layer.attn.qkv.weight, self.eps, False)
-            y = layer.attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
-            h, a, squares = OPS["accumulate"](y, layer.attn.out.weight, h, next(following))
-            y = OPS["project"](a, squares, layer.mlp.gate_up.weight, self.eps, True)
-            h, a, squares = OPS["accumulate"](y, layer.mlp.down.weight, h, next(following))
+            attn, mlp = layer.attn, layer.mlp
+            qkv = OPS["project"](a, squares, attn.qkv.weight, self.eps, False)
+            y = attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
+            h, a, squares = OPS["accumulate"](y, attn.out.weight, h, next(gain))
+            y = OPS["project"](a, squares, mlp.gate_up.weight, self.eps, True)
+            h, a, squares = OPS["accumulate"](y, mlp.down.weight, h, next(gain))
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
         return (a.float() * scale).to(x.dtype).unflatten(0, (B, C))
 

@@ -4,12 +4,11 @@
 For h [T, K], gain g and a = h · g:
 
     project     y = (a · Wᵀ) / rms(h) = RMSNorm(h) · Wᵀ;   with `swiglu` silu(y₁) · y₂ of its halves
-    accumulate  h' = h + y · Wᵀ,   a' = h' · g,   q'[p] = Σ h'² over columns 64p to 64p + 63
+    accumulate  h' = h + y · Wᵀ,   a' = h' · g,   q'[p] = Σ h'² over columns 32p to 32p + 31
 
 a, h, y  [T, K]  bf16 or fp32       weight [N, K]       gain [E]       squares [T, parts] f32, Σ squares = Σ h²
 Work     2·T·N·K flops; reads weight once: bandwidth-bound for T ≤ 256
-Source   split-K with an ordered last-block reduction (stream-K's fix-up); programmatic dependent launch: a kernel
-         is on the device, and asks for its first weights, while the one before still runs
+Source   split-K with an ordered last-block reduction (stream-K's fix-up); programmatic dependent launch
 
 T is 256 at most; wider ones belong to cuBLAS.
 """
@@ -27,9 +26,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dlx.errors import ShapeError
-from dlx.ops.op import Cost, Op, launch_options, power_of_two
+from dlx.ops.op import Cost, Op, launch_options, locks, power_of_two
 
-GROUP = 64  # columns that one entry of `squares` sums up
+GROUP = 32  # columns that one entry of `squares` sums up
 MOST_ROWS = 256
 
 
@@ -75,9 +74,8 @@ def _finish(
         gain = tl.load(gain_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         wide = tl.where(inside, new.to(tl.float32), 0.0)
         tl.store(scaled_ptr + at, (wide * gain[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-        g = tl.arange(0, BN // 64)
-        sums = tl.sum(tl.reshape(wide * wide, (BN // 64, 64, BT)), 1)
-        part = tile * (BN // 64) + g
+        sums = tl.sum(tl.reshape(wide * wide, (BN // 32, 32, BT)), 1)
+        part = tile * (BN // 32) + tl.arange(0, BN // 32)
         tl.store(sums_ptr + t[None, :] * PARTS + part[:, None], sums, mask=ok[None, :] & (part < PARTS)[:, None])
     else:
         p = tl.arange(0, BP)
@@ -100,7 +98,7 @@ def _finish(
 @triton.jit
 def _linear(
     x_ptr, w_ptr, squares_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr, part_ptr, lock_ptr,
-    T, N, K, PARTS, eps, SPLITS, AHEAD,
+    T, N, K, PARTS, eps, SPLITS,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, SPLIT: tl.constexpr,
     KIND: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -121,12 +119,6 @@ def _linear(
     row_ptr = w_ptr + n.to(tl.int64) * K
     if PDL:
         gdc_launch_dependents()
-        if AHEAD > 0:  # the first weights go to L2 while the kernel before ends
-            size = tl.zeros([BN], tl.int32) + AHEAD * BK * 2
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-                [(row_ptr + low * BK).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
         gdc_wait()
     t = rows * BT + tl.arange(0, BT)
     ok = t < T
@@ -165,35 +157,21 @@ def _linear(
 
 
 class Launch(NamedTuple):
-    """A launch configuration: rows and depth of a weight tile, splits of K, steps asked for ahead, warps, stages."""
+    """A launch configuration: rows and depth of a weight tile, splits of K, warps, stages."""
 
     BN: int
     BK: int
     splits: int
-    ahead: int
     warps: int
     stages: int
 
 
 @cache
 def choose(T: int, N: int, K: int, processors: int) -> Launch:
-    """The default: about three programs a processor, all on the device at once."""
-    BN, BK = 64, 128 if T <= 32 else 64
-    tiles = -(-N // BN) * -(-T // 64)
-    splits = 1
-    while splits < 8 and tiles * (splits + 1) <= 3 * processors and K // (BK * (splits + 1)) >= 4:
-        splits += 1
-    return Launch(BN, BK, splits, 4 * 128 // BK, 4, 4)
-
-
-LOCKS: dict[torch.device, Tensor] = {}
-
-
-def locks(device: torch.device) -> Tensor:
-    """Zeroed counters of a device that every launch leaves zeroed; launches of one stream share them."""
-    if device not in LOCKS:
-        LOCKS[device] = torch.zeros(1 << 16, dtype=torch.int32, device=device)
-    return LOCKS[device]
+    """The default: tiles of 64 rows; K split in two where tiles are few, a shorter pipeline where they are many."""
+    tiles = -(-N // 64) * -(-T // 64)
+    splits = 2 if tiles < 0.7 * processors and K >= 1024 else 1
+    return Launch(64, 128, splits, 4, 5 if tiles * splits <= processors else 3)
 
 
 def launch(
@@ -217,13 +195,12 @@ def launch(
         part = torch.empty(deep * tiles * config.splits * BN * BT, device=x.device, dtype=torch.float32)
     count = parts(N) if squares is None else squares.shape[1]
     pdl, options = launch_options(x)
+    even = K % config.BK == 0 and N % (2 * BN) == 0
     _linear[(tiles, config.splits, deep)](
         x, weight, out if squares is None else squares, out if h is None else h, out if gain is None else gain,
-        out, scaled, sums, part, locks(x.device), T, N, K, count, eps,
-        config.splits, min(config.ahead, K // config.BK // config.splits),
-        BT, BN, config.BK, power_of_two(count), config.splits > 1, kind, K % config.BK == 0 and N % (2 * BN) == 0,
-        pdl, x.dtype == torch.float32, not x.is_cuda,
-        num_warps=config.warps, num_stages=config.stages, **options,
+        out, scaled, sums, part, locks(x.device), T, N, K, count, eps, config.splits,
+        BT, BN, config.BK, power_of_two(count), config.splits > 1, kind, even, pdl, x.dtype == torch.float32,
+        not x.is_cuda, num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out, scaled, sums
 

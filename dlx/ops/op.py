@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,12 @@ def launch_options(x: torch.Tensor) -> tuple[bool, dict[str, bool]]:
     """
     pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return pdl, {"launch_pdl": True} if pdl else {}
+
+
+@cache
+def locks(device: torch.device) -> torch.Tensor:
+    """Zeroed int32 counters of a device that every launch leaves zeroed; launches of one stream share them."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,7 @@ class Pool(RuleBasedStateMachine):
     @rule(n=st.integers(0, TOTAL // 2))
     def allocate(self, n: int) -> None:
         if n > len(self.free):
-            with pytest.raises(
-                CapacityError, match=f"{n} pages are asked for and {len(self.free)} of {TOTAL}"
-            ):
+            with pytest.raises(CapacityError, match=f"{n} pages are asked for and {len(self.free)} of {TOTAL}"):
                 self.pool.allocate(n)
             return
         pages = self.pool.allocate(n)

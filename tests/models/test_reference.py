@@ -33,9 +33,7 @@ class Scripted:
     calls: list[list[int]] = field(default_factory=list)
 
     def __call__(self, ids: list[int], rows: list[int]) -> Tensor:
-        logits = torch.full(
-            (len(rows), VOCAB + 8), 50.0
-        )  # the mask id and the padding would win if they could
+        logits = torch.full((len(rows), VOCAB + 8), 50.0)  # the mask id and the padding would win if they could
         for row, pos in enumerate(rows):
             conf = self.script.get(pos, WEAK)
             if isinstance(conf, list):
