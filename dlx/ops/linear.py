@@ -30,6 +30,7 @@ from dlx.ops.op import Cost, Op, launch_options, locks, power_of_two
 
 GROUP = 32  # columns that one entry of `squares` sums up
 MOST_ROWS = 256
+SHARED_BYTES = 200 << 10  # of the 227 KiB that a program may have on sm_90
 
 
 def parts(E: int) -> int:
@@ -167,11 +168,13 @@ class Launch(NamedTuple):
 
 
 @cache
-def choose(T: int, N: int, K: int, processors: int) -> Launch:
+def choose(T: int, N: int, K: int, itemsize: int, processors: int) -> Launch:
     """The default: tiles of 64 rows; K split in two where tiles are few, a shorter pipeline where they are many."""
     tiles = -(-N // 64) * -(-T // 64)
     splits = 2 if tiles < 0.7 * processors and K >= 1024 else 1
-    return Launch(64, 128, splits, 4, 5 if tiles * splits <= processors else 3)
+    stage_bytes = 128 * (64 + min(64, max(16, T))) * itemsize
+    stages = 5 if tiles * splits <= processors else 3
+    return Launch(64, 128, splits, 4, min(stages, SHARED_BYTES // stage_bytes))
 
 
 def launch(
@@ -211,12 +214,12 @@ def processors(x: Tensor) -> int:
 
 
 def project_kernel(a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Tensor:
-    config = choose(a.shape[0], weight.shape[0], a.shape[1], processors(a))
+    config = choose(a.shape[0], weight.shape[0], a.shape[1], a.element_size(), processors(a))
     return launch(int(swiglu), a, weight, squares, None, None, eps, config)[0]
 
 
 def accumulate_kernel(y: Tensor, weight: Tensor, h: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    config = choose(y.shape[0], weight.shape[0], y.shape[1], processors(y))
+    config = choose(y.shape[0], weight.shape[0], y.shape[1], y.element_size(), processors(y))
     return launch(2, y, weight, None, h, gain, 0.0, config)
 
 
