@@ -13,12 +13,10 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from dlx import weights
 from dlx.config import Config
@@ -27,6 +25,7 @@ from dlx.graphs.policies import named
 from dlx.graphs.rules import Fixed
 from dlx.ops.bench import read_bandwidth, timed
 from dlx.pages import PagePool
+from dlx.provenance import provenance
 from dlx.request import Request, SamplingParams
 from dlx.scheduler import Scheduler
 from dlx.worker import Worker
@@ -73,7 +72,7 @@ def floor_bytes(worker: Worker, scene: Scene) -> dict[str, int]:
     return {"weights": read, "kv": scene.requests * scene.context * token}
 
 
-def latency(scene: Scene, graphs: str, steps: int) -> dict[str, Any]:
+def latency(scene: Scene, graphs: str, steps: int, command: str) -> dict[str, Any]:
     """One record: ms a forward, its floor and ratio, tokens per forward and per second, kernels, memory."""
     began = time.monotonic()
     forwards = 2 * steps + 64  # timed, decoded and profiled ones, and some to spare
@@ -109,7 +108,7 @@ def latency(scene: Scene, graphs: str, steps: int) -> dict[str, Any]:
         "kernels_per_step": sum(row["n"] for row in table),
         "kernels": table,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "made": made(),
+        "made": provenance(command, worker.config.device),
     }
 
 
@@ -172,14 +171,3 @@ def pair(worker: Worker) -> tuple[dict[int, Request], list[Any]]:
     """The oldest launch as `Scheduler.take` wants it."""
     plan, replies = worker.harvest()
     return plan.running, replies
-
-
-def made() -> dict[str, str]:
-    """Where and with what a record was made."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }

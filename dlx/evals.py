@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, Protocol
-
-import torch
 
 from dlx.errors import ConfigError
 from dlx.graphs.policies import Policy
@@ -138,30 +130,6 @@ def report(
         **how,
         "thresholds": {f"{record.threshold:g}": record.describe() for record in records},
     }
-
-
-def provenance(command: str, device: str) -> dict[str, str | None]:
-    """Where a record comes from: commit (None outside a checkout), torch, date, command, machine."""
-    on_gpu = device.split(":")[0] == "cuda"
-    root = Path(__file__).parents[1]
-    commit = None
-    if (root / ".git").exists() and shutil.which("git"):
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": command,
-        "machine": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {platform.machine()}",
-    }
-
-
-def place(folder: Path, model: str, policy: str, made: Mapping[str, str | None]) -> Path:
-    """Where a record belongs under profiles/runs: <gpu or cpu>/<model>--<policy>.json."""
-    machine = (made["machine"] or "").split(",")[0]
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return folder / slug / f"{model}--{policy}.json"
 
 
 def table(records: Sequence[Record]) -> str:

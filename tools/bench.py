@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,11 +35,11 @@ def main() -> int:
             Scene(shape, args.block, args.context, args.requests, args.accept, args.blocks),
             args.graphs,
             args.steps,
+            shlex.join(["python", *sys.argv]),
         )
     except DlxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record["made"]["command"] = " ".join(["python", *sys.argv])
     ms = record["ms_per_forward"]
     print(
         f"{shape.stem} block {args.block}: {ms['p50']:.3f} ms a forward (p99 {ms['p99']:.3f}), "

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from dlx import LLM, DlxError
-from dlx.evals import MAX_TOKENS, SEED, THRESHOLDS, evaluate, place, provenance, report, table
+from dlx.evals import MAX_TOKENS, SEED, THRESHOLDS, evaluate, report, table
+from dlx.provenance import place, provenance
 from dlx.tasks import MIX, installed
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlx.graphs.step import Network
+from dlx.ops import OPS
 from dlx.ops.attention import View
 
 
@@ -47,8 +48,5 @@ def prefill_(L: int, net: Network, prompt: Prompt, kv: tuple[Tensor, ...]) -> No
 
     kv  one tensor a layer [2, P, S, G, D]; written
     """
-    at = torch.arange(prompt.tok.shape[1], dtype=torch.int32, device=prompt.tok.device)[None]
-    pos = prompt.start[:, None] + at
-    valid = at < prompt.n[:, None]
-    seen = torch.where(valid, (pos // L + 1) * L, 0)
+    pos, seen = OPS["positions"](prompt.start, prompt.n // L, L, prompt.tok.shape[1] // L)
     net.forward(net.embed(prompt.tok), View(pos, prompt.pages, seen), kv)

@@ -62,11 +62,8 @@ def denoise(
 
     # look: every open place is computed; the N from `lead` (or 0) on may decode
     part = (seat < opened[:, None]) & ~buf.done[:, None]
-    # straight to [B, C]: a view would be copied for every layer
-    at = torch.arange(places * L, device=seat.device, dtype=torch.int32)
-    pos = buf.start[:, None] + at
-    takes_part = (at // L < opened[:, None]) & ~buf.done[:, None]
-    view = View(pos, buf.pages, torch.where(takes_part, buf.start[:, None] + (at // L + 1) * L, 0))
+    pos, seen = OPS["positions"](buf.start, torch.where(buf.done, 0, opened), L, places)
+    view = View(pos, buf.pages, seen)
     ahead = lead > 0
     cut = Cut(ahead)
     before = torch.cat((torch.ones_like(progress[:, :1]), progress[:, :-1]), 1)

@@ -7,5 +7,6 @@ from dlx.ops.candidates import candidates
 from dlx.ops.kv_store import kv_store
 from dlx.ops.linear import accumulate, project
 from dlx.ops.op import Op
+from dlx.ops.positions import positions
 
-OPS: dict[str, Op] = {op.name: op for op in (attention, candidates, kv_store, project, accumulate)}
+OPS: dict[str, Op] = {op.name: op for op in (attention, candidates, kv_store, project, accumulate, positions)}

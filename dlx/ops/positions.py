@@ -1,0 +1,76 @@
+"""Where the positions of a forward are, and how many leading keys each sees.
+
+    pos[b, c] = start[b] + c
+    seen[b, c] = start[b] + (c // L + 1) · L    where c // L < open[b], else 0        (block-causal)
+
+start  [B]     int32   absolute position of a row's first token, a multiple of L
+open   [B]     int32   leading blocks that take part
+→ pos, seen  [B, blocks · L]  int32
+Work   writes 2·B·C ints
+
+An op, not a few lines of torch: Inductor would compute them anew for every layer that takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dlx.ops.op import Cost, Op, launch_options
+
+BLOCK = 256
+
+
+def reference(start: Tensor, open: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
+    at = torch.arange(blocks * L, dtype=torch.int32, device=start.device)
+    part = at // L < open[:, None]
+    return start[:, None] + at, torch.where(part, start[:, None] + (at // L + 1) * L, 0)
+
+
+@triton.jit
+def _positions(start_ptr, open_ptr, pos_ptr, seen_ptr, C, L, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    b = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(start_ptr + b)
+    block = c // L
+    seen = tl.where(block < tl.load(open_ptr + b), start + (block + 1) * L, 0)
+    tl.store(pos_ptr + b * C + c, start + c, mask=c < C)
+    tl.store(seen_ptr + b * C + c, seen, mask=c < C)
+
+
+def kernel(start: Tensor, open: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
+    pos, seen = fake(start, open, L, blocks)
+    pdl, options = launch_options(start)
+    grid = (-(-pos.shape[1] // BLOCK), pos.shape[0])
+    _positions[grid](start, open, pos, seen, pos.shape[1], L, BLOCK, pdl, num_warps=4, **options)
+    return pos, seen
+
+
+def fake(start: Tensor, open: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
+    pos = start.new_empty(start.shape[0], blocks * L)
+    return pos, torch.empty_like(pos)
+
+
+def cases() -> dict[str, tuple[Any, ...]]:
+    def ints(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    return {
+        "three rows": (ints(0, 8, 96), ints(2, 0, 3), 4, 3),
+        "a long prompt": (ints(64), ints(17), 16, 20),
+    }
+
+
+def cost(start: Tensor, open: Tensor, L: int, blocks: int) -> Cost:
+    return Cost(4 * start.numel() * L * blocks, 8 * start.numel() * (L * blocks + 1))
+
+
+positions = Op("positions", reference, kernel, fake, cases, cost)
