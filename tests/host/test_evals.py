@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dlx.errors import ConfigError
-from dlx.evals import Record, Score, evaluate, place, prompts, provenance, report, table
+from dlx.evals import Record, Score, evaluate, prompts, report, table
 from dlx.graphs.policies import POLICIES
+from dlx.provenance import place, provenance
 from dlx.request import Finish, Output, SamplingParams, Timings
 from dlx.tasks import held
 
@@ -86,7 +87,7 @@ def test_a_report_holds_the_whole_policy_its_origin_and_every_threshold() -> Non
     policy = POLICIES["multi_bd"]
     value = json.loads(json.dumps(report(records, model="tiny", policy=policy, made=source, n=4)))
     assert value["policy"] == policy.describe()
-    assert set(value["made"]) == {"commit", "torch", "date", "command", "machine"}
+    assert set(value["made"]) == {"commit", "torch", "triton", "date", "command", "machine"}
     assert value["n"] == 4
     assert list(value["thresholds"]) == ["0.5", "0.9"]
     assert value["thresholds"]["0.5"]["tasks"]["add2"] == {

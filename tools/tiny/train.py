@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dlx import LLM
 from dlx.errors import EngineError
-from dlx.evals import THRESHOLDS, evaluate, provenance, report, table
+from dlx.evals import THRESHOLDS, evaluate, report, table
+from dlx.provenance import provenance
 from tools.tiny.export import export
 from tools.tiny.noise import Rows, block_mask, corrupt, dense_mask
 from tools.tiny.objective import Layers, masked_rows, own_guesses, recover, target
