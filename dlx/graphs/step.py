@@ -122,7 +122,7 @@ class Cut:
 def propose(h: Tensor, head: Tensor, temp: Tensor, buf: BlockBuffer, pos: Tensor, ids: Ids) -> Candidates:
     """h [B, N, L, E] → Candidates [B, N, L]."""
     B, N, L, E = h.shape
-    temp, seed, age = (x[:, None].expand(B, N * L).reshape(-1) for x in (temp, buf.seed, buf.age))
+    temp, seed, age = (x[:, None].expand(B, N * L).contiguous().flatten() for x in (temp, buf.seed, buf.age))
     tok, conf = OPS["candidates"](h.reshape(-1, E), head, temp, seed, pos.reshape(-1), age, ids.mask, ids.vocab)
     return Candidates(tok.view(B, N, L), conf.view(B, N, L))
 

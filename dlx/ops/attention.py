@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import Cost, Op, launch_options, locks
+from dlx.ops.op import FLOATS, Cost, Op, launch_options, locks, need, need_tensor
 
 
 class View(NamedTuple):
@@ -167,6 +167,7 @@ def launch(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float, con
     """Run the kernel under an explicit configuration."""
     B, C, H, D = q.shape
     _, _, S, G, _ = kv.shape
+    need(D >= 16 and D & (D - 1) == 0, "attention's head dim", D, "a power of two from 16 on")
     splits = config.splits
     out = torch.empty_like(q)
     part, top, total = out, out, out
@@ -186,6 +187,15 @@ def launch(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float, con
 
 def fake(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) -> Tensor:
     return torch.empty_like(q)
+
+
+def check(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) -> None:
+    need_tensor("attention's q", q, (None, None, None, None), FLOATS)
+    B, C, H, D = q.shape
+    need_tensor("attention's kv", kv, (2, None, None, None, D), (q.dtype,))
+    need(H % kv.shape[3] == 0, f"attention's number of key heads for {H} heads", kv.shape[3], "a divisor")
+    need_tensor("attention's pages", pages, (B, None), (torch.int32,))
+    need_tensor("attention's seen", seen, (B, C), (torch.int32,))
 
 
 def cases() -> dict[str, tuple[Any, ...]]:
@@ -220,4 +230,4 @@ def cost(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) -> Co
     return Cost(4 * int(seen.sum()) * H * D, moved)
 
 
-attention = Op("attention", reference, kernel, fake, cases, cost, rtol=1e-2, atol=1e-2)
+attention = Op("attention", reference, kernel, fake, check, cases, cost, rtol=1e-2, atol=1e-2)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import Cost, Op, launch_options, power_of_two
+from dlx.ops.op import FLOATS, WIDE, Cost, Op, launch_options, need, need_tensor, power_of_two
 
 LAST = 2**31 - 1
 
@@ -182,6 +182,18 @@ def fake(
     return h.new_empty(h.shape[0], dtype=torch.int32), h.new_empty(h.shape[0], dtype=torch.float32)
 
 
+def check(h: Tensor, head: Tensor, temp: Tensor, seed: Tensor, pos: Tensor, age: Tensor, mask: int, vocab: int) -> None:
+    need_tensor("candidates' h", h, (None, None), FLOATS)
+    T, E = h.shape
+    need_tensor("candidates' head", head, (None, E), (h.dtype,))
+    need(1 < vocab <= head.shape[0], "candidates' vocab", vocab, f"2 to the {head.shape[0]} rows of the head")
+    need(mask >= 0, "candidates' mask", mask, "an id, 0 or above")
+    need_tensor("candidates' temp", temp, (T,), WIDE)
+    need_tensor("candidates' seed", seed, (T,), (torch.int64,))
+    for name, x in (("pos", pos), ("age", age)):
+        need_tensor(f"candidates' {name}", x, (T,), (torch.int32,))
+
+
 def cases() -> dict[str, tuple[Any, ...]]:
     return {
         "greedy": _case(4, 32, 320, 320, temp=0.0),
@@ -211,4 +223,4 @@ def cost(h: Tensor, head: Tensor, temp: Tensor, seed: Tensor, pos: Tensor, age: 
     return Cost(2 * T * vocab * E, (vocab * E + T * E) * h.element_size() + T * 28)
 
 
-candidates = Op("candidates", reference, kernel, fake, cases, cost, rtol=1e-2, atol=1e-4)
+candidates = Op("candidates", reference, kernel, fake, check, cases, cost, rtol=1e-2, atol=1e-4)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import Cost, Op, launch_options, power_of_two
+from dlx.ops.op import FLOATS, WIDE, Cost, Op, launch_options, need, need_tensor, power_of_two
 
 HEADS = 8  # that one program takes
 
@@ -149,6 +149,28 @@ def fake(
     return qkv.new_empty(B, C, heads - 2 * kv.shape[3], D)
 
 
+def check(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, pos: Tensor, frequencies: Tensor, kv: Tensor, pages: Tensor,
+    seen: Tensor, eps: float,
+) -> None:  # fmt: skip
+    need_tensor("kv_store's qkv", qkv, (None, None, None, None), FLOATS)
+    B, C, heads, D = qkv.shape
+    need(D % 2 == 0, "kv_store's head dim", D, "an even number")
+    need_tensor("kv_store's kv", kv, (2, None, None, None, D), (qkv.dtype,))
+    need(
+        heads > 2 * kv.shape[3],
+        f"kv_store's heads of q, k and v for {kv.shape[3]} key heads",
+        heads,
+        "more than 2 a key head",
+    )
+    for name, gain in (("q_gain", q_gain), ("k_gain", k_gain)):
+        need_tensor(f"kv_store's {name}", gain, (D,), FLOATS)
+    need_tensor("kv_store's frequencies", frequencies, (D // 2,), WIDE)
+    need_tensor("kv_store's pages", pages, (B, None), (torch.int32,))
+    for name, x in (("pos", pos), ("seen", seen)):
+        need_tensor(f"kv_store's {name}", x, (B, C), (torch.int32,))
+
+
 def cases() -> dict[str, tuple[Any, ...]]:
     return {
         "dense": _case(2, 4, 4, 2, 32, S=4, W=3),
@@ -184,4 +206,4 @@ def cost(
     return Cost(8 * qkv.numel(), 2 * qkv.numel() * qkv.element_size() + 2 * pos.numel() * 4)
 
 
-kv_store = Op("kv_store", reference, kernel, fake, cases, cost, mutates=("kv",), rtol=1e-2, atol=1e-2)
+kv_store = Op("kv_store", reference, kernel, fake, check, cases, cost, mutates=("kv",), rtol=1e-2, atol=1e-2)

@@ -25,8 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.errors import ShapeError
-from dlx.ops.op import Cost, Op, launch_options, locks, power_of_two
+from dlx.ops.op import FLOATS, WIDE, Cost, Op, launch_options, locks, need, need_tensor, power_of_two
 
 GROUP = 32  # columns that one entry of `squares` sums up
 MOST_ROWS = 256
@@ -184,8 +183,6 @@ def launch(
     """Run a kernel under an explicit configuration; kind 0 projects, 1 with SwiGLU, 2 accumulates."""
     T, K = x.shape
     N = weight.shape[0]
-    if T > MOST_ROWS:
-        raise ShapeError(f"{T} rows are over the {MOST_ROWS} of the small matmul; use torch.nn.functional.linear")
     BT = min(64, max(16, power_of_two(T)))
     BN = config.BN
     tiles, deep = -(-N // BN), -(-T // BT)
@@ -232,6 +229,27 @@ def accumulate_fake(y: Tensor, weight: Tensor, h: Tensor, gain: Tensor) -> tuple
     return torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[0], parts(h.shape[1]), dtype=wide)
 
 
+def project_check(a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool) -> None:
+    need_tensor("project's a", a, (None, None), FLOATS)
+    need(a.shape[0] <= MOST_ROWS, "project's number of rows", a.shape[0], f"{MOST_ROWS} at most; F.linear takes more")
+    need_tensor("project's squares", squares, (a.shape[0], parts(a.shape[1])), WIDE)
+    need_tensor("project's weight", weight, (None, a.shape[1]), (a.dtype,))
+    need(not swiglu or weight.shape[0] % 2 == 0, "project's gate and up rows", weight.shape[0], "an even number")
+
+
+def accumulate_check(y: Tensor, weight: Tensor, h: Tensor, gain: Tensor) -> None:
+    need_tensor("accumulate's y", y, (None, None), FLOATS)
+    need(
+        y.shape[0] <= MOST_ROWS,
+        "accumulate's number of rows",
+        y.shape[0],
+        f"{MOST_ROWS} at most; use F.linear for more",
+    )
+    need_tensor("accumulate's weight", weight, (None, y.shape[1]), (y.dtype,))
+    need_tensor("accumulate's h", h, (y.shape[0], weight.shape[0]), (y.dtype,))
+    need_tensor("accumulate's gain", gain, (weight.shape[0],), FLOATS)
+
+
 def project_cases() -> dict[str, tuple[Any, ...]]:
     return {
         "plain": _project_case(4, 128, 192, swiglu=False),
@@ -259,10 +277,8 @@ def accumulate_cases() -> dict[str, tuple[Any, ...]]:
 def _accumulate_case(T: int, K: int, E: int) -> tuple[Any, ...]:
     rng = torch.Generator().manual_seed(3)
     weight = torch.randn(E, K, generator=rng) * K**-0.5
-    return (
-        torch.randn(T, K, generator=rng), weight, torch.randn(T, E, generator=rng),
-        1 + 0.1 * torch.randn(E, generator=rng),
-    )  # fmt: skip
+    y, h = torch.randn(T, K, generator=rng), torch.randn(T, E, generator=rng)
+    return y, weight, h, 1 + 0.1 * torch.randn(E, generator=rng)
 
 
 def project_cost(a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Cost:
@@ -275,17 +291,10 @@ def accumulate_cost(y: Tensor, weight: Tensor, h: Tensor, gain: Tensor) -> Cost:
 
 
 project = Op(
-    "project",
-    project_reference,
-    project_kernel,
-    project_fake,
-    project_cases,
-    project_cost,
-    wide=("squares",),
-    rtol=2e-2,
-    atol=2e-2,
-)
+    "project", project_reference, project_kernel, project_fake, project_check, project_cases, project_cost,
+    wide=("squares",), rtol=2e-2, atol=2e-2,
+)  # fmt: skip
 accumulate = Op(
-    "accumulate", accumulate_reference, accumulate_kernel, accumulate_fake, accumulate_cases, accumulate_cost,
-    rtol=2e-2, atol=2e-2,
+    "accumulate", accumulate_reference, accumulate_kernel, accumulate_fake, accumulate_check, accumulate_cases,
+    accumulate_cost, rtol=2e-2, atol=2e-2,
 )  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dlx.errors import ShapeError
+
 LIBRARY = torch.library.Library("dlx", "DEF")
 
 
@@ -34,6 +36,27 @@ def launch_options(x: torch.Tensor) -> tuple[bool, dict[str, bool]]:
     return pdl, {"launch_pdl": True} if pdl else {}
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WIDE = (torch.float32, torch.float64)
+
+
+def need(ok: bool, what: str, value: object, allowed: str) -> None:
+    """ShapeError unless ok: "what is value; expected allowed"."""
+    if not ok:
+        raise ShapeError(f"{what} is {value}; expected {allowed}")
+
+
+def need_tensor(what: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """ShapeError unless x is contiguous and of this shape (None is any size) and one of these dtypes."""
+    fits = x.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape, strict=True))
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    need(fits, f"the shape of {what}", list(x.shape), wanted)
+    need(x.dtype in dtypes, f"the dtype of {what}", x.dtype, " or ".join(map(str, dtypes)))
+    need(
+        x.is_contiguous(), f"the strides of {what}", list(x.stride()), "those of a contiguous tensor; use .contiguous()"
+    )
+
+
 @cache
 def locks(device: torch.device) -> torch.Tensor:
     """Zeroed int32 counters of a device that every launch leaves zeroed; launches of one stream share them."""
@@ -47,6 +70,7 @@ class Op:
     reference  plain torch, fp32 inside; also the CPU backend
     kernel     launches Triton; same signature
     fake       shapes, dtypes and strides of the result, nothing else
+    check      raises ShapeError for arguments that the kernel cannot take, before anything is launched
     cases      name → arguments, small enough for Triton's interpreter
     cost       least work for given arguments
     mutates    names of the arguments written to
@@ -58,6 +82,7 @@ class Op:
     reference: Callable[..., Any]
     kernel: Callable[..., Any]
     fake: Callable[..., Any]
+    check: Callable[..., None]
     cases: Callable[[], dict[str, tuple[Any, ...]]]
     cost: Callable[..., Cost]
     mutates: tuple[str, ...] = ()
@@ -69,9 +94,16 @@ class Op:
         # infer_schema wants types, not the strings that postponed evaluation leaves
         self.reference.__annotations__ = inspect.get_annotations(self.reference, eval_str=True)
         LIBRARY.define(self.name + torch.library.infer_schema(self.reference, mutates_args=self.mutates))
-        LIBRARY.impl(self.name, self.kernel, "CUDA")
-        LIBRARY.impl(self.name, self.reference, "CPU")
+        LIBRARY.impl(self.name, self._checked(self.kernel), "CUDA")
+        LIBRARY.impl(self.name, self._checked(self.reference), "CPU")
         torch.library.register_fake(f"dlx::{self.name}", self.fake, lib=LIBRARY)
+
+    def _checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            self.check(*args)
+            return run(*args)
+
+        return checked
 
     def __call__(self, *args: Any) -> Any:
         return getattr(torch.ops.dlx, self.name)(*args)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import Cost, Op, launch_options
+from dlx.ops.op import Cost, Op, launch_options, need, need_tensor
 
 BLOCK = 256
 
@@ -59,6 +59,12 @@ def fake(start: Tensor, open: Tensor, L: int, blocks: int) -> tuple[Tensor, Tens
     return pos, torch.empty_like(pos)
 
 
+def check(start: Tensor, open: Tensor, L: int, blocks: int) -> None:
+    need_tensor("positions' start", start, (None,), (torch.int32,))
+    need_tensor("positions' open", open, (start.shape[0],), (torch.int32,))
+    need(L >= 1 and blocks >= 1, "positions' L and blocks", (L, blocks), "1 or above each")
+
+
 def cases() -> dict[str, tuple[Any, ...]]:
     def ints(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
@@ -73,4 +79,4 @@ def cost(start: Tensor, open: Tensor, L: int, blocks: int) -> Cost:
     return Cost(4 * start.numel() * L * blocks, 8 * start.numel() * (L * blocks + 1))
 
 
-positions = Op("positions", reference, kernel, fake, cases, cost)
+positions = Op("positions", reference, kernel, fake, check, cases, cost)
