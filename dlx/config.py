@@ -54,13 +54,13 @@ class Config(BaseModel):
     graphs: Mode
     device: str
     dtype: Dtype
-    block_length: int | None = Field(default=None, ge=1, le=256)
-    max_num_seqs: int = Field(default=8, ge=1, le=1024)
-    max_model_len: int | None = Field(default=None, ge=1)
-    page_size: int | None = Field(default=None, ge=1, le=1024)
-    num_pages: int | None = Field(default=None, ge=1, lt=2**31)
+    block_length: int | None = Field(default=None, strict=True, ge=1, le=256)
+    max_num_seqs: int = Field(default=8, strict=True, ge=1, le=1024)
+    max_model_len: int | None = Field(default=None, strict=True, ge=1)
+    page_size: int | None = Field(default=None, strict=True, ge=1, le=1024)
+    num_pages: int | None = Field(default=None, strict=True, ge=1, lt=2**31)
     load_format: Literal["safetensors", "dummy"] = "safetensors"
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
 
     @staticmethod
     def from_args(

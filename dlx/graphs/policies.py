@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from dlx.errors import PolicyError
 from dlx.graphs.rules import Embed, Filled, Fixed, Hard, Keep, Rewrite, Select, Settle, Threshold
+
+RULES = ("select", "rewrite", "settle", "embed")
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,32 @@ class Policy:
     force_at: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.L is not None and not 1 <= self.L <= 256:
-            raise PolicyError(f"L={self.L} tokens a block is not allowed; use 1 to 256, or None for the model's own")
-        if not 1 <= self.N <= 32:
-            raise PolicyError(f"N={self.N} decoding blocks are not allowed; use 1 to 32")
+        if self.L is not None and not (_integer(self.L) and 1 <= self.L <= 256):
+            raise PolicyError(f"L={self.L!r} tokens a block is not allowed; use 1 to 256, or None for the model's own")
+        if not (_integer(self.N) and 1 <= self.N <= 32):
+            raise PolicyError(f"N={self.N!r} decoding blocks are not allowed; use 1 to 32")
         for name in ("accept", "open_at", "force_at"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise PolicyError(f"{name}={value} is not allowed; use a number from 0 to 1")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise PolicyError(f"{name}={value!r} is not allowed; use a number from 0 to 1")
+        for name in RULES:
+            rule = getattr(self, name)
+            if not callable(rule) or not is_dataclass(rule):
+                raise PolicyError(
+                    f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in rules.py"
+                )
 
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            is_rule = f.name in ("select", "rewrite", "settle", "embed")
-            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if is_rule else value
+            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if f.name in RULES else value
         return out
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 POLICIES: dict[str, Policy] = {
