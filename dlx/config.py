@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.capture import MODES, Mode
-from dlx.graphs.policies import POLICIES, Policy, named
+from dlx.graphs.policies import Policy, named
 from dlx.models.card import Card
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -41,7 +41,7 @@ class Config(BaseModel):
     block_length  tokens a block, of those the model was trained for; None takes the policy's or the card's
     max_num_seqs  rows that decode at once
     max_model_len tokens of prompt and answer; None takes the model's, 4096 at most
-    page_size     tokens a K/V page, a multiple of the block length; None takes max(block length, 16)
+    page_size     tokens a K/V page, a multiple of the block length; None takes the first from 16 on
     num_pages     pages in the pool; None takes what max_num_seqs rows need and memory allows
     load_format   safetensors, or dummy: random weights of the true shape
     seed          of dummy weights
@@ -135,7 +135,7 @@ def bind(policy: Policy, card: Card, block_length: int | None) -> Policy:
 
 def geometry(config: Config, card: Card, L: int) -> Geometry:
     """Page size and longest row. Raises ConfigError where they do not fit the blocks."""
-    S = config.page_size or max(L, 16)
+    S = config.page_size or -(-16 // L) * L
     if S % L:
         near = -(-S // L) * L
         raise ConfigError(f"page_size={S} is not a multiple of the block length {L}; use {near}")
@@ -143,8 +143,3 @@ def geometry(config: Config, card: Card, L: int) -> Geometry:
     if max_len > card.max_len:
         raise ConfigError(f"max_model_len={max_len} passes the {card.max_len} positions of the model; use at most that")
     return Geometry(S, max_len)
-
-
-def policy_names() -> list[str]:
-    """The named policies, for messages and help."""
-    return list(POLICIES)

@@ -10,7 +10,7 @@ from dlx.config import Config
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
-from dlx.scheduler import Scheduler
+from dlx.scheduler import Plan, Scheduler
 from dlx.tokenizer import TextStream, Tokenizer
 from dlx.worker import Worker
 
@@ -58,7 +58,7 @@ class Engine:
         with span("plan"):
             plan = self.scheduler.plan()
         if plan is not None:
-            self.worker.launch(plan)
+            self._launch(plan)
         chunks: list[Chunk] = []
         while self.worker.in_flight > (0 if watch or plan is None else self.lag):
             if self.scheduler.idle:
@@ -67,6 +67,16 @@ class Engine:
             chunks += self._harvest(watch and self.worker.in_flight == 1)
         return chunks
 
+    def _launch(self, plan: Plan) -> None:
+        """Launch; if that fails, what was to be admitted waits again, and the rows that run are as they were."""
+        try:
+            self.worker.launch(plan)
+        except BaseException:
+            for slot in plan.admit:
+                self.worker.stop(slot)
+            self.scheduler.put_back(plan)
+            raise
+
     def _harvest(self, watch: bool) -> list[Chunk]:
         plan, replies = self.worker.harvest()
         with span("take"):
@@ -74,7 +84,8 @@ class Engine:
             if not watch:
                 return chunks
             news = {chunk.id: chunk for chunk in chunks}
-            return [self._watched(news, r, slot, replies[slot].n) for slot, r in plan.running.items()]
+            live = [(slot, r) for slot, r in plan.running.items() if r.finish is None or r.id in news]
+            return [self._watched(news, r, slot, replies[slot].n) for slot, r in live]
 
     def _watched(self, news: dict[int, Chunk], request: Request, slot: int, n: int) -> Chunk:
         chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)

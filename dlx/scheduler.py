@@ -108,6 +108,14 @@ class Scheduler:
                 news.append((request, ids))
         return news
 
+    def put_back(self, plan: Plan) -> None:
+        """Undo the admissions of a plan that was not launched: they wait again, in their order."""
+        for slot in reversed(plan.admit):
+            request = self.running[slot]
+            self._release(request)
+            request.tail, request.prefills, request.admitted_s = 0, 0, None
+            self.waiting.appendleft(request)
+
     def abort(self, id: int) -> int | None:
         """Forget a request that waits or runs; the slot it held, if it ran."""
         for request in (*self.waiting, *self.running.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dlx import weights
 from dlx.config import Config, bind, geometry
-from dlx.errors import CapacityError
+from dlx.errors import CapacityError, ModelError
 from dlx.graphs import buffer, prefill, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
@@ -46,9 +47,15 @@ class Worker:
     def __init__(self, config: Config, vocab: int | None = None) -> None:
         self.config = config
         self.device = torch.device(config.device)
+        self._there = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         raw, generation = weights.read_config(config.model)
         self.card = Card.from_hf(raw, generation)
         self.ids = Ids(self.card.mask_id, min(vocab or self.card.vocab, self.card.vocab))
+        if self.ids.mask >= self.ids.vocab:
+            raise ModelError(
+                f"mask_token_id={self.ids.mask} is not among the {self.ids.vocab} ids of the tokenizer; "
+                "take config.json and tokenizer.json from the same checkpoint"
+            )
         self.policy = bind(config.policy, self.card, config.block_length)
         assert self.policy.L is not None
         self.L = self.policy.L
@@ -65,17 +72,10 @@ class Worker:
         self.graphs = Graphs(config.graphs, self.device)
         self._flights: deque[Flight] = deque()
 
-    def warm_up(self) -> None:
-        """Make every graph now, the largest first; else each is made when it is first needed."""
-        for T in reversed(self.shapes.tokens):
-            self._prefill_graph(T)
-        for B in reversed(self.shapes.rows):
-            self._step_graph(B)
-
     @torch.no_grad()
     def launch(self, plan: Plan) -> None:
         """Send one plan to the device: prompts, new rows, one step. Returns before the device is done."""
-        with span("launch"):
+        with span("launch"), self._there:  # events, captures and Triton take the current device
             for chunk in plan.prefill:
                 T = shapes.bucket(self.shapes.tokens, len(chunk.tok))
                 key = self._prefill_graph(T)
@@ -174,6 +174,8 @@ class Worker:
             done = self.buf.done.clone()
             self.buf.done.fill_(True)
             view = buffer.rows(self.buf, B)
-            self.graphs.add(key, partial(step_, self.policy, self.ids, self.net, view, self.kv, self.out[:B]))
-            self.buf.done.copy_(done)
+            try:
+                self.graphs.add(key, partial(step_, self.policy, self.ids, self.net, view, self.kv, self.out[:B]))
+            finally:
+                self.buf.done.copy_(done)
         return key

@@ -1,1 +1,1 @@
-"""DEVICE: what becomes a CUDA graph. While serving, of this folder's Python only `replay()` runs."""
+"""DEVICE: what becomes a CUDA graph. While serving, of its Python only `replay()` and what fills its inputs run."""

@@ -86,7 +86,7 @@ def rows(buf: BlockBuffer, B: int) -> BlockBuffer:
 
 
 def pack(row: Row, L: int, W: int, stops: int) -> Tensor:
-    """Row → int32 [3 + L + W + len(NUMBERS) + len(COUNTS) + stops + 2], floats and seed as their bits."""
+    """Row → int32 [2 + L + W + len(NUMBERS) + len(COUNTS) + stops + 2], floats and seed as their bits."""
     given = torch.tensor(row.tok + [0] * (L - len(row.tok)), dtype=torch.int32)
     pages = torch.tensor(row.pages + [0] * (W - len(row.pages)), dtype=torch.int32)
     ends = torch.tensor(row.stops + [-1] * (stops - len(row.stops)), dtype=torch.int32)

@@ -134,7 +134,7 @@ def _candidates_combine(
     most = tl.max(top, 0)
     mass = tl.sum(total * tl.exp(top - most), 0)
     z = tl.sum(tl.where(ok & (tok == first), won, 0.0), 0)
-    tl.store(tok_ptr + t, tl.minimum(first, 2147483646))
+    tl.store(tok_ptr + t, tl.where(first < 2147483647, first, 0))  # no number at all: any id, conf tells
     tl.store(conf_ptr + t, tl.exp(z - most) / mass)
 
 

@@ -53,6 +53,16 @@ def test_a_gpu_answers_as_the_cpu_does(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("graphs", ["off", "capture"])
+def test_a_lone_row_draws_as_on_the_cpu(tiny: Path, graphs: str) -> None:
+    params = SamplingParams(max_tokens=96, temperature=0.7, seed=9)
+    answers = []
+    for device, how in (("cpu", "off"), ("cuda", graphs)):
+        with LLM(tiny, graphs=how, device=device, dtype="float32", max_num_seqs=1) as llm:
+            answers.append([(o.token_ids, o.nfe) for o in llm.generate(chats(6), params)])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("graphs", ["off", "capture"])
 def test_decoding_never_makes_the_host_wait(tiny: Path, graphs: str) -> None:
     with LLM(tiny, graphs=graphs, device="cuda", max_num_seqs=4) as llm:
         expected = [o.token_ids for o in llm.generate(chats(6))]

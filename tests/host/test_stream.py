@@ -161,3 +161,38 @@ def test_prompts_may_be_answered_while_a_stream_is_open(patient: LLM) -> None:
     assert patient.generate(PROMPTS[1], LONG)[0].text == expected[1]
     assert first.text + "".join(chunk.text for chunk in stream) == expected[0]
     assert at_rest(patient)
+
+
+def test_no_chunk_follows_the_last_one_of_a_request(nano: Path) -> None:
+    with LLM(nano, graphs="off", device="cpu", max_num_seqs=2) as llm:
+        engine = llm.engine
+        engine.lag = 1
+        short, _ = engine.add_all(
+            [([5] * 16, SamplingParams(max_nfe=1)), ([5] * 16, SamplingParams(max_tokens=64, max_nfe=40))]
+        )
+        chunks = engine.step()  # leaves a launch unread
+        while not engine.idle:
+            chunks += engine.step(watch=True)
+        assert [c.finish is not None for c in chunks if c.id == short] == [True]
+
+
+def test_a_failed_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=24)
+    expected = nano_llm.generate([5] * 9, params)[0].token_ids
+    engine = nano_llm.engine
+    (id,) = engine.add_all([([5] * 9, params)])
+    launch = engine.worker.launch
+
+    def fail(plan: object) -> None:
+        monkeypatch.setattr(engine.worker, "launch", launch)
+        raise MemoryError("no room for a graph")
+
+    monkeypatch.setattr(engine.worker, "launch", fail)
+    with pytest.raises(MemoryError, match="no room for a graph"):
+        engine.step()
+    chunks = []
+    while not engine.idle:
+        chunks += engine.step()
+    assert [c.output.token_ids for c in chunks if c.id == id and c.output] == [expected]
+    engine.scheduler.pool.check_invariants()
+    assert engine.scheduler.pool.free == engine.scheduler.pool.total
