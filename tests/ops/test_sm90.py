@@ -57,6 +57,7 @@ def calls(T: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "kv_store": lambda: OPS["kv_store"].kernel(
             x(1, T, H + 2 * G, D), x(D), x(D), ids(1, T), row(D // 2), kv, *view, 1e-6
         ),
+        "positions": lambda: OPS["positions"].kernel(ids(1), ids(1), 4, T // 4),
         "attention": lambda: OPS["attention"].kernel(x(1, T, H, D), kv, *view, D**-0.5),
         "candidates": lambda: OPS["candidates"].kernel(
             x(T, E), x(V, E), row(T), empty(T, dtype=torch.int64), ids(T), ids(T), 151669, V
@@ -72,7 +73,7 @@ def launches(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[t
         seen.append((self, list(args), options))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for name in ("attention", "candidates", "kv_store", "linear"):
+    for name in ("attention", "candidates", "kv_store", "linear", "positions"):
         monkeypatch.setattr(import_module(f"dlx.ops.{name}"), "launch_options", lambda x: (True, {}))
     monkeypatch.setattr(linear, "processors", lambda x: 132)
     call()
