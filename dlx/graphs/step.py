@@ -54,7 +54,8 @@ def denoise(
 
     # open: a new block once the last open one is far enough, while a place and tokens to decode are left
     lead = torch.where(buf.done, 0, leading(buf.whole))
-    progress = torch.where(buf.whole, 1.0, (buf.tok != ids.mask).float().mean(-1))
+    # a division, not a mean: that multiplies by 1 / L on a GPU, and 5 of 25 would be less than 0.2
+    progress = torch.where(buf.whole, 1.0, (buf.tok != ids.mask).sum(-1).float() / L)
     last = progress.gather(1, (buf.open - 1).clamp_min(0).long()[:, None])[:, 0]
     room = torch.minimum(policy.N + (lead > 0).int(), (limit - buf.start + L - 1) // L)
     more = (last >= buf.num[:, num("open_at")]) & (buf.open < room) & ~buf.done

@@ -59,7 +59,10 @@ def need_tensor(what: str, x: torch.Tensor, shape: tuple[int | None, ...], dtype
 
 @cache
 def locks(device: torch.device) -> torch.Tensor:
-    """Zeroed int32 counters of a device that every launch leaves zeroed; launches of one stream share them."""
+    """Zeroed int32 counters of a device that every launch leaves zeroed.
+
+    Launches of one stream share them: engines that launch at the same time from several threads must not.
+    """
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
