@@ -1,4 +1,4 @@
-"""DEVICE: the kernels, one op a file, each an `Op` value. No Python here runs while a graph is replayed."""
+"""DEVICE: the kernels, one op a file (two matmuls share one), each an `Op` value; none of it runs in a replay."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import FLOATS, Cost, Op, launch_options, locks, need, need_tensor
+from dlx.ops.op import FLOATS, Cost, Op, launch_options, locks, need, need_tensor, processors
 
 
 class View(NamedTuple):
@@ -158,9 +158,8 @@ def choose(B: int, C: int, H: int, G: int, keys: int, processors: int) -> Launch
 
 def kernel(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float) -> Tensor:
     B, C, H, _ = q.shape
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
     keys = pages.shape[1] * kv.shape[2]
-    return launch(q, kv, pages, seen, scale, choose(B, C, H, kv.shape[3], keys, processors))
+    return launch(q, kv, pages, seen, scale, choose(B, C, H, kv.shape[3], keys, processors(q)))
 
 
 def launch(q: Tensor, kv: Tensor, pages: Tensor, seen: Tensor, scale: float, config: Launch) -> Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.op import FLOATS, WIDE, Cost, Op, launch_options, locks, need, need_tensor, power_of_two
+from dlx.ops.op import FLOATS, WIDE, Cost, Op, launch_options, locks, need, need_tensor, power_of_two, processors
 
 GROUP = 32  # columns that one entry of `squares` sums up
 MOST_ROWS = 256
@@ -203,11 +203,6 @@ def launch(
         not x.is_cuda, num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out, scaled, sums
-
-
-def processors(x: Tensor) -> int:
-    """Multiprocessors of the tensor's GPU; few where Triton is interpreted."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def project_kernel(a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool) -> Tensor:

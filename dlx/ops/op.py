@@ -1,4 +1,4 @@
-"""One value describes one op; tests, benches and the roofline are read from it."""
+"""One value describes one op; its registration and its tests are read from it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def need_tensor(what: str, x: torch.Tensor, shape: tuple[int | None, ...], dtype
     need(
         x.is_contiguous(), f"the strides of {what}", list(x.stride()), "those of a contiguous tensor; use .contiguous()"
     )
+
+
+def processors(x: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; a few where Triton is interpreted."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
 
 
 @cache

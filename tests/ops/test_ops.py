@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlx.ops import OPS
+from dlx.ops import OPS, linear
 from dlx.ops.attention import Launch, choose, launch
 from dlx.ops.op import Op
 
@@ -124,6 +124,19 @@ def test_attention_is_the_same_for_any_split_of_the_keys(splits: int) -> None:
     args = OPS["attention"].cases()["group of 7, page of 32"]
     config = Launch(BM=32, BN=16, splits=splits, warps=4, stages=2)
     check(OPS["attention"], args, lambda *a: launch(*a, config))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["project", "swiglu", "accumulate"])
+def test_a_matmul_is_the_same_for_any_split_of_its_depth(kind: int, splits: int) -> None:
+    config = linear.Launch(BN=64, BK=32, splits=splits, warps=4, stages=2)
+    if kind == 2:
+        args = OPS["accumulate"].cases()["few rows"]
+        check(OPS["accumulate"], args, lambda y, w, h, g: linear.launch(2, y, w, None, h, g, 0.0, config))
+        return
+    args = OPS["project"].cases()["swiglu" if kind else "plain"]
+    check(OPS["project"], args, lambda a, q, w, e, s: linear.launch(kind, a, w, q, None, None, e, config)[0])
 
 
 @pytest.mark.gpu

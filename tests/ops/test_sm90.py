@@ -75,7 +75,8 @@ def launches(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[t
     monkeypatch.setattr(JITFunction, "run", record)
     for name in ("attention", "candidates", "kv_store", "linear", "positions"):
         monkeypatch.setattr(import_module(f"dlx.ops.{name}"), "launch_options", lambda x: (True, {}))
-    monkeypatch.setattr(linear, "processors", lambda x: 132)
+    for name in ("attention", "linear"):
+        monkeypatch.setattr(import_module(f"dlx.ops.{name}"), "processors", lambda x: 132)
     call()
     monkeypatch.undo()
     return seen
