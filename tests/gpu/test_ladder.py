@@ -83,7 +83,7 @@ def test_64_steady_steps_wait_only_for_the_small_read(tiny: Path) -> None:
             for _ in range(64):
                 engine.step()
         calls = {e.key: e.count for e in seen.key_averages() if e.key.startswith("cuda")}
-        assert calls["cudaGraphLaunch"] == 64  # so the profile does see what the host calls
+        assert calls.get("cudaGraphLaunch") == 64, calls  # so the profile does see what the host calls
         calls.pop("cudaDeviceSynchronize", None)  # the profiler itself waits for the device once, when it stops
         waits = {name for name in calls if "Synchronize" in name}
         assert waits <= {"cudaEventSynchronize"}  # the read of the outbox
