@@ -34,6 +34,9 @@ def provenance(command: str, device: str) -> dict[str, str | None]:
 
 def place(folder: Path, model: str, policy: str, made: Mapping[str, str | None]) -> Path:
     """Where a record belongs under profiles/runs: <gpu or cpu>/<model>--<policy>.json."""
-    machine = (made["machine"] or "").split(",")[0]
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return folder / slug / f"{model}--{policy}.json"
+    return folder / slug(made["machine"] or "") / f"{model}--{policy}.json"
+
+
+def slug(machine: str) -> str:
+    """The name of a machine's folder, without what follows a comma: "NVIDIA H100 80GB HBM3" → nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.split(",")[0].lower()).strip("-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,14 +30,27 @@ class Ids(NamedTuple):
     vocab: int  # ids at and above are padding and never chosen
 
 
-def step_(policy: Policy, ids: Ids, net: Network, buf: BlockBuffer, kv: tuple[Tensor, ...], out: Tensor) -> None:
+def silent(verb: str) -> None:
+    """Tell nobody which part of a step begins."""
+
+
+def step_(
+    policy: Policy,
+    ids: Ids,
+    net: Network,
+    buf: BlockBuffer,
+    kv: tuple[Tensor, ...],
+    out: Tensor,
+    at: Callable[[str], None] = silent,
+) -> None:
     """One denoise forward of every row, in place.
 
     buf  Block Buffer of B rows; written
     kv   one tensor a layer [2, P, S, G, D]; written
     out  [B, N·L + 3] int32, an Outbox packed; written
+    at   told the verb of each part as it begins; for profiles of eager steps
     """
-    new, outbox = denoise(policy, ids, net, buf, kv)
+    new, outbox = denoise(policy, ids, net, buf, kv, at)
     for old, value in zip(buf, new, strict=True):
         if old is not value:
             old.copy_(value)
@@ -44,7 +58,12 @@ def step_(policy: Policy, ids: Ids, net: Network, buf: BlockBuffer, kv: tuple[Te
 
 
 def denoise(
-    policy: Policy, ids: Ids, net: Network, buf: BlockBuffer, kv: tuple[Tensor, ...]
+    policy: Policy,
+    ids: Ids,
+    net: Network,
+    buf: BlockBuffer,
+    kv: tuple[Tensor, ...],
+    at: Callable[[str], None] = silent,
 ) -> tuple[BlockBuffer, Outbox]:
     """The rows after one forward, and what it committed; only `kv` is written."""
     B, places, L = buf.tok.shape
@@ -53,6 +72,7 @@ def denoise(
     limit = buf.ints[:, COUNTS.index("limit")]
 
     # open: a new block once the last open one is far enough, while a place and tokens to decode are left
+    at("open")
     lead = torch.where(buf.done, 0, leading(buf.whole))
     # a division, not a mean: that multiplies by 1 / L on a GPU, and 5 of 25 would be less than 0.2
     progress = torch.where(buf.whole, 1.0, (buf.tok != ids.mask).sum(-1).float() / L)
@@ -62,6 +82,7 @@ def denoise(
     opened = buf.open + more.int()
 
     # look: every open place is computed; the N from `lead` (or 0) on may decode
+    at("look")
     part = (seat < opened[:, None]) & ~buf.done[:, None]
     pos, seen = OPS["positions"](buf.start, torch.where(buf.done, 0, opened), L, places)
     view = View(pos, buf.pages, seen)
@@ -73,10 +94,12 @@ def denoise(
     w = Seen(tok, live & (tok == ids.mask), live, cut(before), accept, force_at, ids.mask)
 
     # think: write K/V of what is looked at, attend to pages, turn the deciding positions into candidates
+    at("think")
     h = net.forward(policy.embed(net.embed, buf.tok.flatten(1)), view, kv)
     c = propose(cut(h.unflatten(1, (places, L))), net.head(), temp, buf, cut(pos.unflatten(1, (places, L))), ids)
 
     # decide
+    at("decide")
     take = policy.select(c, w)
     tok = torch.where(live, policy.rewrite(c, w, take), tok)
     whole = cut(buf.whole) | policy.settle(c, w, tok) & cut(part)
@@ -84,6 +107,7 @@ def denoise(
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
 
     # commit: leading blocks that were whole before this forward now have their final K/V; slide them out
+    at("commit")
     new = slide(buf, tok, whole, opened, lead, ids.mask)
     age = buf.age + (~buf.done).int()
     new = new._replace(age=age)
@@ -124,7 +148,7 @@ def propose(h: Tensor, head: Tensor, temp: Tensor, buf: BlockBuffer, pos: Tensor
     """h [B, N, L, E] → Candidates [B, N, L]."""
     B, N, L, E = h.shape
     temp, seed, age = (x[:, None].expand(B, N * L).contiguous().flatten() for x in (temp, buf.seed, buf.age))
-    tok, conf = OPS["candidates"](h.reshape(-1, E), head, temp, seed, pos.reshape(-1), age, ids.mask, ids.vocab)
+    tok, conf, *_ = OPS["candidates"](h.reshape(-1, E), head, temp, seed, pos.reshape(-1), age, ids.mask, ids.vocab)
     return Candidates(tok.view(B, N, L), conf.view(B, N, L))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ import torch
 from dlx.errors import ShapeError
 
 LIBRARY = torch.library.Library("dlx", "DEF")
+DEBUG = os.environ.get("DLX_DEBUG") == "1"  # kernels check page indices: none outside the cache is read or written
 
 
 class Cost(NamedTuple):
@@ -38,6 +40,7 @@ def launch_options(x: torch.Tensor) -> tuple[bool, dict[str, bool]]:
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WIDE = (torch.float32, torch.float64)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def need(ok: bool, what: str, value: object, allowed: str) -> None:
@@ -57,9 +60,28 @@ def need_tensor(what: str, x: torch.Tensor, shape: tuple[int | None, ...], dtype
     )
 
 
+def need_fp8(what: str, x: torch.Tensor) -> None:
+    """ShapeError if x is e4m3 on a GPU that does not convert it: Triton has no way around the missing instruction."""
+    if x.dtype == torch.float8_e4m3fn and x.is_cuda:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        need((major, minor) >= (8, 9), f"the GPU of {what} in e4m3", f"sm_{major}{minor}", "sm_89 or above; use e5m2")
+
+
 def processors(x: torch.Tensor) -> int:
     """Multiprocessors of the tensor's GPU; a few where Triton is interpreted."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+
+
+def shared_limit(x: torch.Tensor) -> int:
+    """Bytes of shared memory that a program on the tensor's GPU may take; a launch configuration stays below it.
+
+    227 KiB on sm_90, and where there is no GPU; 99 KiB on sm_86, and on sm_80 too, so that one default serves both.
+    """
+    if not x.is_cuda:
+        return 227 << 10
+    gpu = torch.cuda.get_device_properties(x.device)
+    sm_90 = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return gpu.shared_memory_per_block_optin if sm_90 else min(gpu.shared_memory_per_block_optin, 99 << 10)
 
 
 @cache

@@ -49,6 +49,10 @@ BREAKS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     ("accumulate", "h", wider, "shape of accumulate's h"),
     ("accumulate", "weight", half, "dtype of accumulate's weight"),
     ("positions", "open", long, "dtype of positions' open"),
+    ("route", "weight", strided, "strides of route's weight"),
+    ("route", "weight", half, "dtype of route's weight"),
+    ("experts", "ids", long, "dtype of experts' ids"),
+    ("experts", "down", wider, "shape of experts' down"),
 ]
 
 

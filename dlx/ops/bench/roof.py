@@ -1,4 +1,4 @@
-"""Timing on the device: calls by events, and the bandwidth that a kernel which only reads reaches."""
+"""The roof: the bandwidth that a kernel which only reads reaches, and the rate of a large bf16 matmul."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def read_bandwidth(device: torch.device, n_bytes: int = 4 << 30) -> float:
         ms = statistics.median(timed(read, 21))
         best = max(best, programs * turns * 8192 * 2 / ms * 1e3)
     return best
+
+
+def matmul_rate(device: torch.device, n: int = 8192) -> float:
+    """Floating-point operations a second of torch.matmul on bf16 [n, n], median of 21 runs."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / statistics.median(timed(lambda: a @ b, 21)) * 1e3
 
 
 def timed(fn: Callable[[], object], n: int, warm: int = 5) -> list[float]:

@@ -1,0 +1,85 @@
+"""The README's table of ops is made from records, and says when it is stale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import readme
+
+MADE = {"machine": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-22", "commit": "abc"}
+
+
+def record(folder: Path, name: str, results: list[dict[str, Any]], means: list[dict[str, Any]], read: float) -> None:
+    path = folder / "ops" / "nvidia-h100-80gb-hbm3" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    roof = {"read_gbps": read, "matmul_tflops": 701.4}
+    path.write_text(json.dumps({"made": MADE, "roof": roof, "results": results, "means": means}))
+
+
+def result(case: str, rows: int, us: float, of_roof: float) -> dict[str, Any]:
+    return {"case": case, "rows": rows, "us": us, "of_roof": of_roof}
+
+
+def mean(rows: int, step: float | None) -> dict[str, Any]:
+    return {"rows": rows, "matmuls": 0.811, "step": step, "times": {"cuBLAS": 1.234, "bf16": None}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    one = [result("1 × 4 at 512", 4, 8.04, 0.123), result("1 × 4 at 2048", 4, 10.0, 0.5)]
+    record(tmp_path, "attention--sdar-8b", one, [], 3100)
+    record(tmp_path, "attention--dream-7b", [result("1 × 4 at 2048", 4, 9.0, 0.449)], [], 3150)
+    record(tmp_path, "candidates--sdar-8b", [result("greedy", n, 400.0, 0.95) for n in (4, 32)], [], 3100)
+    record(tmp_path, "linear--sdar-8b", [result("qkv", 4, 1.0, 0.1)], [mean(4, 0.903), mean(64, 0.861)], 3100)
+    record(tmp_path, "linear_fp8--sdar-8b", [], [mean(4, None)], 3100)
+    cpu = tmp_path / "ops" / "cpu"
+    cpu.mkdir()
+    (cpu / "ops--small.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_table_has_a_line_a_model_and_a_column_a_case(folder: Path) -> None:
+    text = readme.tables(folder / "ops", folder)
+    at = "ops/nvidia-h100-80gb-hbm3"
+    assert "NVIDIA H100 80GB HBM3: 3.10 to 3.15 TB/s read and 701 TFLOP/s" in text
+    assert "| model | 1 × 4 at 2048 | 1 × 4 at 512 |" in text
+    assert f"| [dream-7b]({at}/attention--dream-7b.json) | 9.0 µs, 45 % |  |" in text
+    assert f"| [sdar-8b]({at}/attention--sdar-8b.json) | 10.0 µs, 50 % | 8.0 µs, 12 % |" in text
+    assert f"| [sdar-8b]({at}/candidates--sdar-8b.json) | 400.0 µs, 95 % | 400.0 µs, 95 % |" in text
+    assert text.index("**linear**") < text.index("**candidates**") < text.index("**attention**")
+
+
+def test_matmuls_are_shown_as_a_step_runs_them(folder: Path) -> None:
+    text = readme.tables(folder / "ops", folder)
+    assert "| model | 4 | 64 |" in text
+    assert "linear--sdar-8b.json) | 90.3 %; cuBLAS 1.23 × | 86.1 %; cuBLAS 1.23 × |" in text
+    assert "linear_fp8--sdar-8b.json) | 81.1 %; cuBLAS 1.23 × |" in text
+
+
+def test_without_records_the_table_says_how_to_make_them(tmp_path: Path) -> None:
+    assert "No record yet" in readme.tables(tmp_path)
+
+
+def test_only_what_stands_between_the_marks_is_written() -> None:
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert readme.filled(text, "new\n") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+
+
+def test_the_readme_is_not_stale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_readme_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    file = tmp_path / "README.md"
+    file.write_text(f"{readme.BEGIN}\nsomething older\n{readme.END}\n")
+    assert readme.main(["--check"]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert readme.main([]) == 0
+    assert readme.main(["--check"]) == 0

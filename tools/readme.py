@@ -1,0 +1,131 @@
+"""Write the README's table of ops from the records of `python -m dlx.ops.bench --json profiles/ops`.
+
+python tools/readme.py          rewrites what stands between the marks
+python tools/readme.py --check  says whether it is stale, and exits with 1 if it is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- ops:begin, by tools/readme.py -->", "<!-- ops:end -->"
+NONE = "No record yet: `python -m dlx.ops.bench --json profiles/ops` on a GPU writes them.\n"
+
+Record = dict[str, Any]
+# what a table says of an op; ops in this order
+TITLES = {
+    "linear": "**linear**: the matmuls and the head of a step, share of read bandwidth by traffic; rows:",
+    "linear_fp8": "**linear, fp8 weights**: a layer's matmuls, share of read bandwidth by traffic; rows:",
+    "candidates": "**candidates**: head and sampler, greedy; rows:",
+    "attention": "**attention**: requests × queries at keys before them",
+    "kv_store": "**kv_store**: requests × positions",
+    "moe": "**moe**: route and experts; the roof is for the experts really touched; tokens:",
+}
+
+
+def records(folder: Path) -> dict[str, dict[str, dict[str, Record]]]:
+    """GPU → op → model → record, of <folder>/<gpu>/<op>--<model>.json; those of a CPU have no roof and are left out."""
+    found: dict[str, dict[str, dict[str, Record]]] = {}
+    for path in sorted(folder.glob("*/*--*.json")):
+        if path.parent.name != "cpu":
+            op, model = path.stem.split("--", 1)
+            found.setdefault(path.parent.name, {}).setdefault(op, {})[model] = json.loads(path.read_text())
+    return found
+
+
+def tables(folder: Path, root: Path = ROOT) -> str:
+    """What the README shows of the records in `folder`; links are relative to `root`."""
+    gpus = records(folder)
+    if not gpus:
+        return NONE
+    parts = []
+    for gpu, ops in gpus.items():
+        made = [record["made"] for models in ops.values() for record in models.values()]
+        roofs = [record["roof"] for models in ops.values() for record in models.values()]
+        parts.append(
+            f"{made[0]['machine']}: {span(r['read_gbps'] / 1e3 for r in roofs)} TB/s read and "
+            f"{span((r['matmul_tflops'] for r in roofs), 0)} TFLOP/s of a large bf16 matmul in the runs themselves; "
+            f"cells are microseconds and the share of whichever roof binds. {versions(made)}.\n"
+        )
+        at = (folder / gpu).relative_to(root).as_posix()
+        parts += [table(op, ops[op], at) for op in [*TITLES, *sorted(set(ops) - set(TITLES))] if op in ops]
+    return "\n".join(parts)
+
+
+def table(op: str, models: dict[str, Record], at: str) -> str:
+    """One op: a line a model, a column a case."""
+    cells = {model: (steps if op.startswith("linear") else cases)(record) for model, record in models.items()}
+    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
+    lines = [TITLES.get(op, f"**{op}**"), "", row("model", columns), row("---", ["---:"] * len(columns))]
+    for model, known in cells.items():
+        lines.append(row(f"[{model}]({at}/{op}--{model}.json)", [known.get(name, "") for name in columns]))
+    return "\n".join(lines) + "\n"
+
+
+def row(first: str, rest: Iterable[str]) -> str:
+    return f"| {first} | " + " | ".join(rest) + " |"
+
+
+def steps(record: Record) -> dict[str, str]:
+    """Rows → share of read bandwidth over a step, and how cuBLAS compares."""
+    cells = {}
+    for mean in record["means"]:
+        share = mean["matmuls"] if mean["step"] is None else mean["step"]
+        times = [f"{name} {ratio:.2f} ×" for name, ratio in mean["times"].items() if ratio is not None]
+        cells[str(mean["rows"])] = "; ".join([f"{100 * share:.1f} %", *times])
+    return cells
+
+
+def cases(record: Record) -> dict[str, str]:
+    """Case, and its rows where cases of one name differ in them → microseconds and share of the roof."""
+    results = record["results"]
+    unique = len({r["case"] for r in results}) == len(results)
+    alike = len({r["case"] for r in results}) == 1
+    cells = {}
+    for r in results:
+        name = r["case"] if unique else str(r["rows"]) if alike else f"{r['case']}, {r['rows']}"
+        cells[name] = f"{r['us']:.1f} µs, {100 * r['of_roof']:.0f} %"
+    return cells
+
+
+def span(values: Iterable[float], digits: int = 2) -> str:
+    """The extremes of some numbers, or the one that they all are."""
+    said = sorted({f"{value:.{digits}f}" for value in values}, key=float)
+    return said[0] if len(said) == 1 else f"{said[0]} to {said[-1]}"
+
+
+def versions(made: Sequence[Record]) -> str:
+    """With what the records were made, and when."""
+    dates, torch, triton = (sorted({m[key] for m in made}) for key in ("date", "torch", "triton"))
+    return f"Torch {', '.join(torch)}, Triton {', '.join(triton)}, {', '.join(dates)}"
+
+
+def filled(readme: str, block: str) -> str:
+    """The README with the block between its marks."""
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{block}{END}{tail}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the table is stale")
+    args = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = filled(before, tables(ROOT / "profiles" / "ops"))
+    if args.check:
+        print("README.md is up to date" if after == before else "README.md is stale: run python tools/readme.py")
+        return int(after != before)
+    readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
