@@ -10,11 +10,13 @@ from typing import Literal
 import torch
 
 from dlx.errors import ConfigError
+from dlx.graphs.loop import Launch, WhileGraph, unrolled
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["off", "compile", "capture"]
 MODES: tuple[Mode, ...] = ("off", "compile", "capture")
+Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as one graph, or a graph a turn
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
 
 
@@ -30,7 +32,9 @@ class Graphs:
         self.mode = mode
         self.device = device
         self._run: dict[Hashable, Callable[[], None]] = {}
-        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._turns: dict[Hashable, Callable[[], None]] = {}  # of loops
+        self.routes: dict[Hashable, Route] = {}
+        self._kept: list[object] = []
         self._pool = torch.cuda.graph_pool_handle() if mode == "capture" else None
 
     def __contains__(self, key: Hashable) -> bool:
@@ -46,25 +50,55 @@ class Graphs:
         if self.mode == "compile":
             self._run[key] = ready
             return
-        self._run[key] = self._captured(ready)
+        self._run[key] = self._graph(ready).replay
         log.info("captured %s in %.1f s", key, time.monotonic() - began)
+
+    def add_loop(
+        self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None], launch: Launch, unroll: bool
+    ) -> None:
+        """Make a launch of several turns replayable as `key`; `unroll` keeps the turns apart, for profiles."""
+        self.routes[key] = "unrolled"
+        if self.mode != "off":
+            begin, turn = compiled(begin), compiled(turn)
+        if self.mode != "capture":
+            self._run[key], self._turns[key] = unrolled(begin, turn, launch), turn
+            return
+        first, step = self._graph(begin, keep=True), self._graph(turn, keep=True)
+        self._turns[key] = step.replay  # instantiates the turn if it is asked for
+        if not unroll:
+            try:
+                loop = WhileGraph(first, step, launch)
+            except (ImportError, RuntimeError) as error:
+                log.warning("no loop on the device, turns are launched one by one: %s", error)
+            else:
+                self._kept.append(loop)
+                self._run[key], self.routes[key] = loop.replay, "while"
+                return
+        first.instantiate()
+        step.instantiate()
+        self._run[key] = unrolled(first.replay, step.replay, launch)
 
     def replay(self, key: Hashable) -> None:
         """Run the graph of `key` on the current stream."""
         self._run[key]()
 
-    def _captured(self, fn: Callable[[], None]) -> Callable[[], None]:
+    def turn(self, key: Hashable) -> None:
+        """Run one turn of the loop `key`, or all of what is no loop: for measurements, as the host is told nothing."""
+        self._turns.get(key, self._run[key])()
+
+    def _graph(self, fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
+        """`fn` captured; `keep` leaves it to be instantiated, or to be put into another graph."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 fn()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=keep)
         with torch.cuda.graph(graph, pool=self._pool):
             fn()
         self._kept.append(graph)
-        return graph.replay
+        return graph
 
 
 def compiled(fn: Callable[[], None]) -> Callable[[], None]:
