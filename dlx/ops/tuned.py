@@ -1,6 +1,6 @@
 """Recorded launch configurations: what `tools/tune.py` found to be fastest on this GPU.
 
-    profiles/kernels/<gpu>/<op>.json   {"schema": 1, "op": …, "gpu": …, "names": ["rows", …], "default": {…} or null,
+    profiles/kernels/<gpu>/<op>.json   {"schema": 1, "op": …, "gpu": …, "default": {…} or null,
                                         "configs": [{"key": [rows, …], "config": {field: value}, …}], "made": {…}}
 
 A look-up takes the exact key, else the next smaller first number (rows) with the rest of the key equal, else the

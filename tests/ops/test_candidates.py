@@ -255,7 +255,7 @@ def test_parts_of_a_vocabulary_combine_to_the_whole(cut: str, asked: str) -> Non
 
 @pytest.mark.interp
 @pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("cut", ["two", "three, uneven"])
+@pytest.mark.parametrize("cut", ["three, uneven"])
 def test_interpreted_parts_of_a_vocabulary_combine_to_the_whole(cut: str, asked: str) -> None:
     check_parts(cut, asked, PARTIAL.kernel, COMBINE.kernel)
 
@@ -272,12 +272,14 @@ TILES = [
 @pytest.mark.interp
 @pytest.mark.parametrize(("config", "asked"), TILES, ids=lambda x: x if isinstance(x, str) else f"{x.BT} rows")
 def test_every_tile_gives_the_same(config: Launch, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = inputs(20, V=150, temp=0.9)
-    x = x._replace(temp=torch.where(torch.arange(20) % 3 == 0, 0.0, x.temp))
-    options = ASKED[asked] | {name: ASKED[asked][name] * 5 for name in ("top_k", "top_p") if name in ASKED[asked]}
-    want = ask(x, 140, fn=OP.reference, **options)
+    x = inputs(17, V=110, temp=0.9)
+    x = x._replace(temp=torch.where(torch.arange(17) % 3 == 0, 0.0, x.temp))
+    options = ASKED[asked] | {
+        name: (ASKED[asked][name] * 5)[:17] for name in ("top_k", "top_p") if name in ASKED[asked]
+    }
+    want = ask(x, 100, fn=OP.reference, **options)
     monkeypatch.setattr(parts_module, "choose", lambda *_: config)
-    got = ask(x, 140, fn=OP.kernel, **options)
+    got = ask(x, 100, fn=OP.kernel, **options)
     assert torch.equal(got.tok, want.tok) and torch.equal(got.top, want.top)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=2e-5, atol=2e-6)
@@ -292,13 +294,12 @@ def test_the_bare_walk_gives_the_maxima_of_the_logits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("asked", ["defaults", "filtered"])
+@pytest.mark.parametrize("options", [{}, {"top_p": [0.9, 0.9, 1.0, 0.2]}], ids=["plain", "top_p"])
 @pytest.mark.parametrize(
     "fn", [OP.reference, pytest.param(OP.kernel, marks=pytest.mark.interp)], ids=["reference", "kernel"]
 )
-def test_a_row_that_is_no_number_says_so_and_spoils_no_other(fn: Any, asked: str) -> None:
+def test_a_row_that_is_no_number_says_so_and_spoils_no_other(fn: Any, options: dict[str, Any]) -> None:
     x = inputs(4, temp=0.0)
-    options = {name: value for name, value in ASKED[asked].items() if name in ("top_k", "top_p")}
     good = ask(x, fn=fn, **options)
     x.h[1, 2] = math.nan
     got = ask(x, fn=fn, **options)

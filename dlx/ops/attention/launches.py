@@ -55,7 +55,7 @@ def choose(
     alone = B * G * -(-rows // BM) * 2 >= processors  # enough programs without splits
     if not alone and rows <= 32:
         BM = 16
-    elif not alone and keys <= SHORT and B * G * -(-rows // 16) * 3 >= processors:
+    elif not alone and keys <= SHORT and B * G * -(-rows // 16) * (5 if 2 * keys <= SHORT else 3) >= processors:
         BM, BN, alone = 16, min(128, 16384 // D), True
     elif not alone:
         BM = min(BM, 64)

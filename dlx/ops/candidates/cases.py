@@ -24,19 +24,15 @@ def candidates_cases() -> dict[str, tuple[Any, ...]]:
             torch.tensor([7, 299, 64], dtype=torch.int32),
         ),
         "filtered": (
-            *_case(5, 32, 96, 96, temp=0.8), 4, True, True, 0.0, None, None,
+            *_case(5, 32, 64, 60, temp=0.8), 4, True, True, 0.0, None, None,
             torch.tensor([0, 0, 3, 90, 2], dtype=torch.int32), torch.tensor([1.0, 0.7, 1.0, 1.0, 0.0]),
-        ),
-        "top_p alone": (
-            *_case(5, 32, 64, 60, temp=0.0, mixed=True), 0, False, False, 0.0, None, None, None,
-            torch.tensor([1.0, 0.7, 0.3, 0.9, 0.05]),
         ),
     }  # fmt: skip
 
 
 def partial_cases() -> dict[str, tuple[Any, ...]]:
     return {
-        "the first part": _part(5, 160, 0, 150, keep=8, entropy=True),
+        "the first part": _part(5, 96, 0, 90, keep=8, entropy=True),
         "a middle part, no list": _part(5, 130, 200, 500, keep=0, entropy=False),
         "the last part, padded": _part(5, 64, 256, 300, keep=64, entropy=True),
         "padding alone": _part(5, 64, 300, 300, keep=4, entropy=True),

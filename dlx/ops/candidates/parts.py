@@ -256,7 +256,12 @@ def choose(T: int, ids: int, E: int, keep: int, itemsize: int, limit: int) -> La
         default = default._replace(stages=default.stages - 1)
     if itemsize > 2:
         return default
-    return tuned("candidates", (rows, ids, E, keep), default, lambda config: fits(config, itemsize, limit))
+    most = min(rows, default.BT)  # a record of fewer rows would read the head more often
+
+    def usable(config: Launch) -> bool:
+        return most <= config.BT and fits(config, itemsize, limit)
+
+    return tuned("candidates", (rows, ids, E, keep), default, usable)
 
 
 def walk(

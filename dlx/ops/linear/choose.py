@@ -34,14 +34,16 @@ def choose_stream(kind: int, T: int, N: int, K: int, itemsize: int, limit: int) 
     swiglu = kind == 1
 
     def fits(config: Stream) -> bool:
-        return stream.shared_bytes(config, T, swiglu, itemsize) <= limit
+        return config.SUB in (64, 128) and stream.shared_bytes(config, T, swiglu, itemsize) <= limit
 
-    programs, BK = -(-(N // 2 if swiglu else N) // 64), 128
+    # fp8 is bound by what turns it into bf16: deeper tiles, and two programs a processor that take turns
+    BK, share, most, least = (256, limit // 2, 4096, 120) if itemsize == 1 else (128, limit, 8192, 60)
+    programs = -(-(N // 2 if swiglu else N) // 64)
     splits = 1
-    while K // (splits * 2) >= 512 and (programs * splits < 60 or K // splits > 8192):
+    while K // (splits * 2) >= 512 and (programs * splits < least or K // splits > most):
         splits *= 2
     tile = stream.shared_bytes(Stream(64, BK, 1, 1, 1), T, swiglu, itemsize)
-    default = Stream(64, BK, splits, max(2, min(12, limit // tile)), 14)
+    default = Stream(64, BK, splits, max(2, min(12, share // tile)), 14)
     return tuned("linear", (T, kind, N, K, itemsize), default, fits)
 
 
