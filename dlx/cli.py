@@ -11,16 +11,16 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shlex
 import sys
-import timeit
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 import dlx
-from dlx.doctor import examine, installed
+from dlx.doctor import examine, installed, settle
 from dlx.errors import CapacityError, ConfigError, DlxError, ModelError, PolicyError, RequestError
 from dlx.request import SamplingParams
 
@@ -32,6 +32,8 @@ log = logging.getLogger("dlx")
 EXITS = {CycloptsError: 2, ConfigError: 2, PolicyError: 2, RequestError: 2, ModelError: 3, CapacityError: 4}
 MESSAGE_CHARS = 1000  # of one error; --debug shows all
 Graphs = Literal["off", "compile", "capture"]
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
 Whole = Annotated[int, Parameter(converter=lambda _, tokens: int(tokens[0].value))]  # 1.5 is refused
 
 app = App(
@@ -58,8 +60,9 @@ class Flags:
     max_nfe: Annotated[Whole | None, Parameter(help="Denoise forwards to spend at most.")] = None
     block_length: Annotated[Whole | None, Parameter(help="Tokens a block, as it was trained.")] = None
     graphs: Annotated[Graphs | None, Parameter(help="Else capture on CUDA, off on a CPU.")] = None
-    device: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="Else CUDA if there is a GPU.")] = None
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, Parameter(help="Of weights and K/V.")] = None
+    device: Annotated[Device | None, Parameter(help="Else CUDA if there is a GPU.")] = None
+    dtype: Annotated[Dtype | None, Parameter(help="Of weights and K/V.")] = None
+    pack: Annotated[Path | None, Parameter(help="Folder of a pack, or of packs; else $DLX_PACK.")] = None
     ignore_eos: Annotated[bool, Parameter(help="Go on past stop tokens.")] = False
     json: Annotated[bool, Parameter(help="Print an answer and its figures as one JSON object.")] = False
     debug: Annotated[bool, Parameter(help="Log everything, and show tracebacks.")] = False
@@ -118,6 +121,73 @@ def chat(*, flags: Flags = DEFAULTS) -> None:
 
 
 @app.command
+def pack(
+    model: Annotated[Path | None, Parameter(help="Folder of a checkpoint; else the bundled model.")] = None,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="Folder of packs.")] = Path("~/.cache/dlx/packs"),
+    rows: Annotated[list[Whole] | None, Parameter(help="Buckets of the step; else all.")] = None,
+    tokens: Annotated[list[Whole] | None, Parameter(help="Buckets of the prefill; else all.")] = None,
+    policy: Annotated[str, Parameter(help="Decoding policy, by name.")] = "single_bd",
+    max_num_seqs: Annotated[Whole, Parameter(help="Rows that decode at once; generate and chat take 1.")] = 8,
+    max_model_len: Annotated[Whole | None, Parameter(help="Tokens of prompt and answer.")] = None,
+    block_length: Annotated[Whole | None, Parameter(help="Tokens a block, as it was trained.")] = None,
+    forwards: Annotated[Whole, Parameter(help="Forwards that one launch may run.")] = 1,
+    graphs: Annotated[Graphs | None, Parameter(help="Else capture on CUDA, compile on a CPU.")] = None,
+    device: Annotated[Device | None, Parameter(help="Else CUDA if there is a GPU.")] = None,
+    dtype: Annotated[Dtype | None, Parameter(help="Of weights and K/V.")] = None,
+    shape_only: Annotated[bool, Parameter(help="Random weights: config.json is enough.")] = False,
+    debug: Annotated[bool, Parameter(help="Log everything, and show tracebacks.")] = False,
+) -> None:
+    """Compile a model's graphs once, and keep them in a folder for a fast start; prints the folder."""
+    from dlx.live import waiting
+
+    set_logging(debug)
+    with waiting("compiling"):
+        settle(device)
+
+        from dlx.config import Config
+        from dlx.pack import make
+
+        config = Config.from_args(model, policy, graphs, device, dtype, max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len, block_length=block_length, forwards=forwards,
+            load_format="dummy" if shape_only else "safetensors")  # fmt: skip
+        if graphs is None and config.graphs == "off":
+            config = config.model_copy(update={"graphs": "compile"})
+        print(make(config, out, rows or (), tokens or (), command()))
+
+
+@app.command
+def profile(
+    prompt: Annotated[str, Parameter(help="The prompt; - reads it from stdin.")],
+    /,
+    *,
+    flags: Flags = DEFAULTS,
+    start: Annotated[Whole, Parameter(help="Steps that run before, unrecorded.")] = 4,
+    steps: Annotated[Whole, Parameter(help="Steps to record.")] = 8,
+    out: Annotated[Path, Parameter(help="Folder of the trace and the table.")] = Path("dlx-profile"),
+    tool: Annotated[Literal["torch", "cuda"], Parameter(help="cuda: tell nsys or ncu what to record.")] = "torch",
+    forwards: Annotated[Whole, Parameter(help="Forwards a step, one after the other.")] = 1,
+) -> None:
+    """Record steps of one answer: a trace, and where their time goes. The answer goes on past stop tokens."""
+    from dlx.live import dumps
+
+    set_logging(flags.debug)
+    params = replace(flags.params(), ignore_eos=True)
+    text = checked(sys.stdin.read() if prompt == "-" else prompt)
+    with load(flags, forwards=forwards, unroll=True) as llm:
+        from dlx.profile import Profile, profiled
+
+        with profiled(llm.engine, Profile(start, steps, out, tool), command()) as seen:
+            for _ in llm.stream([{"role": "user", "content": text}], params):
+                if seen.done:
+                    break
+    if seen.table is not None:
+        print(dumps(seen.record(seen.table)) if flags.json else seen.table)
+        notice(f"{out}/trace.json is for Perfetto, {out}/table.json holds the table")
+
+
+@app.command
 def doctor(*, json: Annotated[bool, Parameter(help="Print one JSON object.")] = False) -> int:
     """Print versions, devices, compilers, and what would be captured for the bundled model."""
     from dlx.live import dumps, in_words
@@ -128,38 +198,16 @@ def doctor(*, json: Annotated[bool, Parameter(help="Print one JSON object.")] = 
     return code
 
 
-def load(flags: Flags) -> LLM:
-    """The model as the flags describe it; on a CPU torch's threads are chosen first."""
+def load(flags: Flags, **more: Any) -> LLM:
+    """The model as the flags and `more` describe it."""
     from dlx.live import waiting
 
     with waiting("loading the model"):
-        import torch
-
         from dlx.llm import LLM
 
-        if flags.device == "cuda" and not torch.cuda.is_available():
-            raise CapacityError("device='cuda': torch sees no such device; use --device cpu, see dlx doctor")
-        if flags.device == "cpu" or not torch.cuda.is_available():
-            choose_threads()
-        names = ("policy", "graphs", "device", "dtype", "block_length")
-        return LLM(flags.model, max_num_seqs=1, **{name: getattr(flags, name) for name in names})
-
-
-def choose_threads() -> None:
-    """Give torch the faster of one thread and all it would take, unless OMP_NUM_THREADS is set."""
-    import torch
-
-    from dlx.config import environment
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        return timeit.repeat(lambda: torch.relu(x @ w), repeat=2, number=50)[1]  # [0] starts them
-
-    x, w = torch.ones(32, 384), torch.ones(384, 1152)  # as small as a decode step's
-    most = torch.get_num_threads()
-    if most > 1 and environment().threads is None:
-        torch.set_num_threads(min((1, most), key=seconds))  # on a shared host all may be far slower
-        log.debug("torch takes %d of %d threads", torch.get_num_threads(), most)
+        settle(flags.device)
+        names = ("policy", "graphs", "device", "dtype", "block_length", "pack")
+        return LLM(flags.model, max_num_seqs=1, **{name: getattr(flags, name) for name in names}, **more)
 
 
 def checked(prompt: str) -> str:
@@ -188,6 +236,11 @@ def set_logging(debug: bool) -> None:
     """Log to stderr: warnings, and with `debug` everything."""
     log.setLevel(logging.DEBUG if debug else logging.WARNING)
     log.handlers = [logging.StreamHandler()] if debug else []
+
+
+def command() -> str:
+    """This command line, for records."""
+    return shlex.join(["dlx", *sys.argv[1:]])
 
 
 def notice(text: str) -> None:

@@ -23,12 +23,14 @@ class Environment(NamedTuple):
     """What dlx reads of the process environment."""
 
     threads: int | None  # OMP_NUM_THREADS, where it is a number
+    pack: Path | None  # DLX_PACK, what Config.pack is by default
 
 
 def environment() -> Environment:
     """Read the environment now."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return Environment(int(threads) if threads.isdigit() and int(threads) > 0 else None)
+    pack = os.environ.get("DLX_PACK")
+    return Environment(int(threads) if threads.isdigit() and int(threads) > 0 else None, Path(pack) if pack else None)
 
 
 class Config(BaseModel):
@@ -43,6 +45,10 @@ class Config(BaseModel):
     max_model_len tokens of prompt and answer; None takes the model's, 4096 at most
     page_size     tokens a K/V page, a multiple of the block length; None takes the first from 16 on
     num_pages     pages in the pool; None takes what max_num_seqs rows need and memory allows
+    forwards      that one launch may run on the device before the host reads what it committed
+    unroll        run the forwards of a launch one after the other, so that a profile shows each
+    pack          folder of a pack, or of packs, that `dlx pack` wrote: graphs are read from it instead of compiled;
+                  None takes $DLX_PACK
     load_format   safetensors, or dummy: random weights of the true shape
     seed          of dummy weights
     """
@@ -59,6 +65,9 @@ class Config(BaseModel):
     max_model_len: int | None = Field(default=None, strict=True, ge=1)
     page_size: int | None = Field(default=None, strict=True, ge=1, le=1024)
     num_pages: int | None = Field(default=None, strict=True, ge=1, lt=2**31)
+    forwards: int = Field(default=1, strict=True, ge=1, le=4096)
+    unroll: bool = Field(default=False, strict=True)
+    pack: Path | None = None
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
 
@@ -83,6 +92,7 @@ class Config(BaseModel):
             "device": device,
             "dtype": dtype or ("bfloat16" if on_gpu else "float32"),
             **rest,
+            "pack": rest.get("pack") or environment().pack,
         }
         try:
             config = Config(**values)

@@ -1,16 +1,20 @@
-"""What this machine offers to dlx: versions, devices, compilers, and the graphs it would make."""
+"""What this machine offers to dlx: versions, devices, compilers, the graphs it would make, its faster threads."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import subprocess
 import sys
+import timeit
 from dataclasses import asdict
 from typing import Any
 
 import dlx
-from dlx.errors import ModelError
+from dlx.errors import CapacityError, ModelError
+
+log = logging.getLogger(__name__)
 
 COMPILERS = {"c compiler": ("cc", "gcc", "clang"), "c++ compiler": ("c++", "g++", "clang++")}
 NO_TORCH, NO_MODEL = 1, 3  # exit codes of the command line
@@ -66,3 +70,30 @@ def driver() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.split("\n")[0].strip() or None
     return None
+
+
+def settle(device: str | None) -> None:
+    """Make sure that the device is there; on a CPU choose torch's threads."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CapacityError("device='cuda': torch sees no such device; use --device cpu, see dlx doctor")
+    if device == "cpu" or not torch.cuda.is_available():
+        choose_threads()
+
+
+def choose_threads() -> None:
+    """Give torch the faster of one thread and all it would take, unless OMP_NUM_THREADS is set."""
+    import torch
+
+    from dlx.config import environment
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        return timeit.repeat(lambda: torch.relu(x @ w), repeat=2, number=50)[1]  # [0] starts them
+
+    x, w = torch.ones(32, 384), torch.ones(384, 1152)  # as small as a decode step's
+    most = torch.get_num_threads()
+    if most > 1 and environment().threads is None:
+        torch.set_num_threads(min((1, most), key=seconds))  # on a shared host all may be far slower
+        log.debug("torch takes %d of %d threads", torch.get_num_threads(), most)

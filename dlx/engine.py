@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 from dlx import weights
 from dlx.config import Config
@@ -24,6 +25,7 @@ class Engine:
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
         self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len)
+        self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
         self.lag = 1 if w.device.type == "cuda" else 0  # launches that may be unread when the next is sent
         self._ids = itertools.count()
         self._text: dict[int, tuple[TextStream, list[str]]] = {}
@@ -55,6 +57,8 @@ class Engine:
 
     def step(self, watch: bool = False) -> list[Chunk]:
         """One turn of the loop; what it committed. With `watch`, chunks also hold the undecided window, one a turn."""
+        if self.before_turn is not None:
+            self.before_turn()
         with span("plan"):
             plan = self.scheduler.plan()
         if plan is not None:

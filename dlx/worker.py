@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -14,13 +15,13 @@ from torch import Tensor
 from dlx import weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import CapacityError, ModelError
-from dlx.graphs import buffer, prefill, shapes
+from dlx.graphs import buffer, loop, prefill, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
 from dlx.models import family
 from dlx.models.card import Card
 from dlx.models.decoder import Decoder
-from dlx.observe import span
+from dlx.observe import marked, span
 from dlx.request import STOP_IDS
 from dlx.scheduler import Plan, Reply
 
@@ -34,7 +35,7 @@ class Flight(NamedTuple):
     """A launch whose outbox is on its way to the host."""
 
     plan: Plan
-    outbox: Tensor  # [B, N·L + 3] int32 on the host, pinned where the device is a GPU
+    outbox: Tensor  # [B, · + 3] int32, an Outbox packed, on the host, pinned where the device is a GPU
     landed: torch.cuda.Event | None
 
 
@@ -67,8 +68,13 @@ class Worker:
         self.kv = tuple(self._pages() for _ in range(self.card.layers))  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
         self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device)
-        self.out = torch.zeros(B, self.policy.N * self.L + 3, dtype=torch.int32, device=self.device)
+        self.sent = loop.allocate(B, self.policy.N * self.L, config.forwards, self.device)
+        self.epoch = 0  # launches sent
         self.prompts = {T: prefill.blank(T, W, self.device) for T in self.shapes.tokens}
+        if config.pack is not None and config.graphs != "off":
+            from dlx import pack
+
+            pack.load(config.pack, self)
         self.graphs = Graphs(config.graphs, self.device)
         self._flights: deque[Flight] = deque()
 
@@ -81,13 +87,32 @@ class Worker:
                 key = self._prefill_graph(T)
                 packed = prefill.pack(chunk.tok, chunk.start, chunk.pages, T, self.shapes.W)
                 prefill.fill_(self.prompts[T], self._sent(packed))
-                self.graphs.replay(key)
+                with span("prefill"):
+                    self.graphs.replay(key)
             for slot, row in plan.admit.items():
                 packed = self._sent(buffer.pack(row, self.L, self.shapes.W, STOP_IDS))
                 buffer.admit_(self.buf, slot, packed, self.card.mask_id)
             rows = self._ready(plan.bucket)
-            self.graphs.replay(self._step_graph(rows))
-            self._flights.append(self._read(plan, self.out[:rows]))
+            key = self._step_graph(rows)
+            self.epoch += 1
+            if self.looped:
+                self.sent.left.fill_(self.sent.most)
+                self.sent.epoch.fill_(self.epoch)
+            with span("step"):
+                self.graphs.replay(key)
+            self._flights.append(self._read(plan, self._outbox(rows)))
+
+    @torch.no_grad()
+    def prepare(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Make the graphs of these buckets, the largest first, and run each once, while no row decodes."""
+        with self._there:
+            for T in sorted(tokens, reverse=True):
+                self.graphs.replay(self._prefill_graph(T))
+            for B in sorted(rows, reverse=True):
+                key = self._step_graph(B)
+                self.graphs.replay(key)
+                if self.config.graphs == "compile":
+                    self.graphs.turn(key)  # of a loop, which has none to run while every row is inert
 
     @property
     def in_flight(self) -> int:
@@ -103,12 +128,21 @@ class Worker:
             return flight.plan, [Reply(row[:-3], *row[-3:]) for row in flight.outbox.tolist()]
 
     def stop(self, slot: int) -> None:
-        """Make a row inert from the next launch on."""
+        """Make a row inert from the next launch on; the one that runs ends with its forward."""
+        self.sent.halt.fill_(self.epoch)  # the device reads it where it lies, on the host
         self.buf.done[slot].fill_(True)
 
     def discard(self) -> None:
         """Forget the launches in flight: their rows are all inert."""
         self._flights.clear()
+
+    @property
+    def looped(self) -> bool:
+        """A launch runs several forwards."""
+        return self.config.forwards > 1
+
+    def _outbox(self, rows: int) -> Tensor:
+        return (self.sent.out if self.looped else self.sent.step)[:rows]
 
     def window(self, slot: int) -> list[int]:
         """The ids in a row's open places, masks included; waits for the device (live views only)."""
@@ -173,9 +207,16 @@ class Worker:
         if key not in self.graphs:
             done = self.buf.done.clone()
             self.buf.done.fill_(True)
-            view = buffer.rows(self.buf, B)
+            view, sent = buffer.rows(self.buf, B), loop.rows(self.sent, B)
+            step = partial(step_, self.policy, self.ids, self.net, view, self.kv, sent.step)
+            step = marked(step) if self.config.graphs == "off" else step
             try:
-                self.graphs.add(key, partial(step_, self.policy, self.ids, self.net, view, self.kv, self.out[:B]))
+                if self.looped:
+                    begin = partial(loop.begin_, sent, view)
+                    turn = partial(loop.turn_, step, view, sent)
+                    self.graphs.add_loop(key, begin, turn, sent, self.config.unroll)
+                else:
+                    self.graphs.add(key, step)
             finally:
                 self.buf.done.copy_(done)
         return key

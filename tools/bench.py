@@ -1,57 +1,70 @@
-"""Measure a step on a GPU: python tools/bench.py latency --shape sdar-8b --block 4 --context 1024 --accept 4"""
+"""Measure on a GPU, or smaller on a CPU, against the floor of the same run:
+
+python tools/bench.py latency --shape sdar-8b --block 4 --context 1024 --accept 4 [--forwards 64] [--prefill 2048]
+python tools/bench.py throughput --shape sdar-8b --block 32 --requests 16 --context 512 --max-tokens 256
+python tools/bench.py startup --shape sdar-8b --buckets 1,8,32 --prefill 2048
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from dlx.bench import Scene, latency
+from dlx.bench import latency, startup, throughput
+from dlx.bench.arguments import add_how, add_scene, how, scene, write
+from dlx.bench.report import sentence
+from dlx.bench.start import STARTS
 from dlx.errors import DlxError
 
 SHAPES = Path(__file__).parent / "shapes"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="what", required=True)
     one = sub.add_parser("latency", help="ms per forward against the floor, at a forced schedule")
-    one.add_argument("--shape", default="sdar-8b", help=f"a name of {SHAPES.name}/, or a checkpoint's folder")
-    one.add_argument("--block", type=int, default=4, help="tokens a block")
-    one.add_argument("--blocks", type=int, default=1, help="blocks of a row that decode at once")
-    one.add_argument("--context", type=int, default=1024, help="tokens before the answer")
-    one.add_argument("--requests", type=int, default=1)
-    one.add_argument("--accept", type=int, default=4, help="tokens accepted a forward")
-    one.add_argument("--graphs", default="capture", choices=["off", "compile", "capture"])
-    one.add_argument("--steps", type=int, default=64, help="forwards timed")
-    one.add_argument("--json", type=Path, help="write the record there")
-    args = parser.parse_args()
-    named = SHAPES / f"{args.shape}.json"
-    shape = named if named.is_file() else Path(args.shape)
+    one.add_argument("--steps", type=int, default=64, help="forwards timed; 0 leaves decoding out")
+    one.add_argument("--prefill", type=int, default=0, metavar="T", help="also time the prefill of T tokens")
+    one.add_argument("--first-block", action="store_true", help="also time a --context prompt to its first block")
+    many = sub.add_parser("throughput", help="requests through the engine until all are done")
+    many.add_argument("--max-tokens", type=int, default=256, help="of each request")
+    many.add_argument("--rows", type=int, help="requests that decode at once; else all")
+    start = sub.add_parser("startup", help="seconds until graphs can be replayed, cold and packed")
+    start.add_argument("--buckets", type=numbers, default=[1, 8, 32], help="rows of the steps: 1,8,32")
+    start.add_argument("--prefill", type=int, default=2048, metavar="T", help="tokens of the prefill graph; 0 is none")
+    start.add_argument("--policy", default="single_bd")
+    start.add_argument("--only", choices=STARTS, help="else both")
+    start.add_argument("--pack", type=Path, help="a pack that is there already; else one is written")
+    for each in (one, many, start):
+        add_scene(each)
+        add_how(each)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    command = shlex.join(["python", "tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        record = latency(
-            Scene(shape, args.block, args.context, args.requests, args.accept, args.blocks),
-            args.graphs,
-            args.steps,
-            shlex.join(["python", *sys.argv]),
-        )
+        where = scene(args, SHAPES)
+        if args.what == "latency":
+            record = latency(where, how(args), args.steps, command, args.prefill, args.first_block)
+        elif args.what == "throughput":
+            record = throughput(where, how(args), args.max_tokens, args.rows, command)
+        else:
+            starts = [args.only] if args.only else STARTS
+            record = startup(where, how(args), args.buckets, args.prefill, args.policy, command, starts, args.pack)
     except DlxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    ms = record["ms_per_forward"]
-    print(
-        f"{shape.stem} block {args.block}: {ms['p50']:.3f} ms a forward (p99 {ms['p99']:.3f}), "
-        f"floor {record['floor_ms']:.3f} ms, ratio {record['ratio']:.3f}; "
-        f"{record['tokens_per_forward']:.2f} tokens per forward, {record['tokens_per_s']:.0f} tok/s, "
-        f"wall {record['wall_ms_per_step']:.3f} ms a step, {record['kernels_per_step']:.0f} kernels; "
-        f"read {record['read_gbps']:.0f} GB/s; load {record['load_s']:.0f} s, graphs {record['graphs_s']:.0f} s, "
-        f"peak {record['peak_gib']:.1f} GiB"
-    )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(sentence(record))
+    write(args.json, record)
     return 0
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import dlx
-from dlx import cli, errors
+from dlx import cli, doctor, errors
 from dlx.graphs.policies import POLICIES
 from dlx.request import Chunk, Finish, Output, SamplingParams, Timings
 
@@ -253,7 +253,7 @@ def test_threads_are_as_omp_num_threads_says_else_the_faster_number(
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(timeit, "repeat", lambda *_, **__: [9.0, cost[taken[-1]]])
     monkeypatch.setenv("OMP_NUM_THREADS", told or "")
-    cli.choose_threads()
+    doctor.choose_threads()
     assert taken == kept
 
 

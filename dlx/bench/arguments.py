@@ -1,0 +1,63 @@
+"""The arguments that the tools share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dlx.bench.scene import How, Scene
+from dlx.errors import ConfigError
+
+
+def add_scene(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
+    parser.add_argument("--shape", default="sdar-8b", help="a name of tools/shapes, or a checkpoint's folder")
+    parser.add_argument("--block", type=int, default=4, help="tokens a block")
+    parser.add_argument("--blocks", type=int, default=1, help="blocks of a row that decode at once")
+    parser.add_argument("--context", type=int, default=1024, help="tokens before the answer")
+    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--accept", type=int, default=4, help="tokens accepted a forward")
+
+
+def add_how(parser: argparse.ArgumentParser) -> None:
+    """How it runs, and where the record goes."""
+    parser.add_argument("--graphs", choices=["off", "compile", "capture"], help="else capture on CUDA, off on a CPU")
+    parser.add_argument("--device", help="cuda or cpu; else CUDA if there is a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="else bfloat16 on CUDA, float32 on a CPU")
+    parser.add_argument("--forwards", type=int, default=1, help="that one launch may run on the device")
+    parser.add_argument("--unroll", action="store_true", help="a launch runs its forwards one after the other")
+    parser.add_argument("--json", type=Path, help="write the record there")
+
+
+def scene(args: argparse.Namespace, shapes: Path) -> Scene:
+    """What `add_scene` was given. Raises ConfigError for what cannot be."""
+    for name in ("block", "blocks", "context", "requests", "accept"):
+        value = getattr(args, name)
+        if value < 1:
+            raise ConfigError(f"--{name} {value} is not allowed; use 1 or more")
+    return Scene(shape(args.shape, shapes), args.block, args.context, args.requests, args.accept, args.blocks)
+
+
+def shape(name: str, shapes: Path) -> Path:
+    """A name of the folder of shapes, or a checkpoint's folder."""
+    known = {path.stem: path for path in sorted(shapes.glob("*.json"))}
+    if name in known:
+        return known[name]
+    if not Path(name).exists():
+        raise ConfigError(f"--shape {name} is neither a folder nor a shape; known shapes are {', '.join(known)}")
+    return Path(name)
+
+
+def how(args: argparse.Namespace) -> How:
+    """What `add_how` was given."""
+    return How(args.graphs, args.device, args.dtype, args.forwards, args.unroll)
+
+
+def write(path: Path | None, record: Mapping[str, Any]) -> None:
+    """Write a record, where it was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")

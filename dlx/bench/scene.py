@@ -1,0 +1,231 @@
+"""What is measured: a shape, requests that stand at a context, a forced schedule; and how a worker runs it.
+
+Weights are random, of the true shape, and so is the context's K/V; acceptance is forced (policy `fixed`): a figure is
+of speed, and tokens per forward are a choice here, not a quality.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Hashable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dlx import weights
+from dlx.bench.clock import Replays, counted_syncs
+from dlx.config import Config
+from dlx.errors import ConfigError
+from dlx.graphs.policies import Policy, named
+from dlx.graphs.rules import Fixed
+from dlx.models.card import Card
+from dlx.pages import PagePool
+from dlx.request import Request, SamplingParams
+from dlx.scheduler import Scheduler
+from dlx.worker import Worker
+
+if TYPE_CHECKING:
+    from dlx.engine import Engine
+
+PLAIN = {"eos_token": "0", "pad_token": "0"}  # tokenizer_config.json of the tokenizer that is written here
+
+
+class How(NamedTuple):
+    """How it runs; None is the device's own choice. Fields of `dlx.config.Config`."""
+
+    graphs: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    forwards: int = 1
+    unroll: bool = False
+
+
+class Scene(NamedTuple):
+    """A shape at a block length, requests that stand at a context, a forced schedule."""
+
+    shape: Path  # a folder with config.json, or the file itself
+    block: int
+    context: int  # tokens before the answer
+    requests: int
+    accept: int  # tokens accepted a forward
+    blocks: int = 1  # of a row that may decode at once
+
+    def describe(self) -> dict[str, Any]:
+        name = self.shape.name if self.shape.is_dir() else self.shape.stem
+        return {**self._asdict(), "shape": name}
+
+    def policy(self) -> Policy:
+        """The forced schedule."""
+        return replace(named("fixed"), N=self.blocks, select=Fixed(self.accept))
+
+    def files(self, folder: Path, words: bool = False) -> None:
+        """Write the shape's config.json, at the block length; with `words` a tokenizer that knows no language too."""
+        source = self.shape / "config.json" if self.shape.is_dir() else self.shape
+        if not source.is_file():
+            raise ConfigError(f"{source} is not there; name a shape of tools/shapes, or a checkpoint's folder")
+        raw = weights.read_json(source) | {"block_size": self.block}
+        raw = {k: v for k, v in raw.items() if k not in ("block_length", "trained_block_lengths")}
+        card = Card.from_hf(raw, {})  # a family that is not built is refused before anything else is made
+        Path(folder, "config.json").write_text(json.dumps(raw))
+        if words:
+            model = {"type": "WordLevel", "vocab": {str(i): i for i in range(card.vocab)}, "unk_token": "0"}
+            whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+            Path(folder, "tokenizer.json").write_text(json.dumps(whole))
+            Path(folder, "tokenizer_config.json").write_text(json.dumps(PLAIN))
+
+    def config(self, folder: Path, how: How, max_len: int, policy: Policy, rows: int) -> Config:
+        """What a worker or an engine of `files(folder)` is built with, so that `rows` decode at once."""
+        return Config.from_args(
+            folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
+            max_model_len=max_len, forwards=how.forwards, unroll=how.unroll,
+        )  # fmt: skip
+
+    def worker(self, how: How, max_len: int) -> Worker:
+        """A worker with random weights of the shape."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.files(Path(folder))
+            return Worker(self.config(Path(folder), how, max_len, self.policy(), self.requests))
+
+    def engine(self, how: How, max_len: int, rows: int) -> Engine:
+        """An engine with random weights of the shape, and a tokenizer that knows no language."""
+        from dlx.engine import Engine  # brings tokenizers, which a worker does without
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.files(Path(folder), words=True)
+            return Engine(self.config(Path(folder), how, max_len, self.policy(), rows))
+
+
+class Stand(NamedTuple):
+    """Requests that decode behind their contexts; `key` is the graph of their launches."""
+
+    worker: Worker
+    scheduler: Scheduler
+    key: Hashable
+    context: int
+
+    def rewind(self) -> None:
+        """Put every row back behind its context, so that what is timed next is timed there."""
+        self.worker.buf.start.fill_(self.context // self.worker.L * self.worker.L)
+
+    def launch(self) -> None:
+        """Send a launch as the worker does, without reading it."""
+        self.worker.sent.left.fill_(self.worker.sent.most)
+        self.worker.graphs.replay(self.key)
+
+    def turn(self) -> None:
+        """One forward alone, as the launch holds it."""
+        self.worker.graphs.turn(self.key)
+
+    def leave(self) -> None:
+        """Drop the requests: their slots are free."""
+        for id, slot in [(r.id, r.slot) for r in self.scheduler.running.values()]:
+            self.scheduler.abort(id)
+            if slot is not None:
+                self.worker.stop(slot)
+
+    def reached(self) -> int:
+        """Tokens before the window, all rows together; waits for the device."""
+        return int(self.worker.buf.start.sum())
+
+    def decided(self) -> int:
+        """Tokens that are no mask, all rows together: also those of blocks that are not yet committed."""
+        return self.reached() + int((self.worker.buf.tok != self.worker.ids.mask).sum())
+
+
+class Decoded(NamedTuple):
+    """What a stretch of launches gave."""
+
+    tokens_per_forward: float
+    nfe: int  # forwards of the rows, summed
+    forwards: int  # that the device ran
+    wall_s: float
+    launches_s: float  # of them on the device
+    syncs: int | None  # operations that made the host wait for the device; None without a GPU
+
+
+def prompts(card: Card, n: int, length: int) -> list[list[int]]:
+    """n prompts of random ids."""
+    rng = random.Random(0)
+    ids = [i for i in range(min(card.vocab, 1000)) if i != card.mask_id]
+    return [rng.choices(ids, k=length) for _ in range(n)]
+
+
+def schedule(worker: Worker) -> Scheduler:
+    """A scheduler of all the worker's rows and pages."""
+    return Scheduler(worker.policy, worker.card, worker.shapes, PagePool(worker.num_pages), worker.max_len)
+
+
+@torch.no_grad()
+def stand(worker: Worker, scene: Scene) -> Stand:
+    """Admit the requests, so that every row decodes behind `context` tokens; their K/V is random, not prefilled."""
+    scheduler = schedule(worker)
+    params = SamplingParams(max_tokens=worker.max_len - scene.context, ignore_eos=True, seed=0)
+    for n, prompt in enumerate(prompts(worker.card, scene.requests, scene.context)):
+        scheduler.add(Request(n, prompt, params, time.monotonic()))
+    plan = scheduler.plan()
+    if plan is None or len(plan.running) < scene.requests:
+        raise ConfigError(
+            f"{scene.requests} requests of {worker.max_len} tokens do not fit into the K/V cache of "
+            f"{worker.num_pages} pages; use fewer requests, a smaller context or fewer steps"
+        )
+    for pages in worker.kv:
+        pages.normal_()
+    with Replays(worker) as replays:
+        worker.launch(plan._replace(prefill=[]))
+    taken(worker, scheduler)
+    return Stand(worker, scheduler, replays.keys[-1], scene.context)
+
+
+@torch.no_grad()
+def decode(at: Stand, launches: int) -> Decoded:
+    """A stretch of launches as the engine sends them: one overlaps, none waits.
+
+    Two go before those that are timed. Tokens are counted where they are decided, over all of them: blocks are
+    committed whole, so that a short stretch would show too few or too many.
+    """
+    worker, scheduler = at.worker, at.scheduler
+    at.rewind()
+    decided, ages = at.decided(), int(worker.buf.age.sum())
+    turn(worker, scheduler)
+    turn(worker, scheduler)  # the host's counts are the device's again
+    rows = list(scheduler.running.values())
+    before = [r.nfe for r in rows]
+    with Replays(worker) as replays, counted_syncs(worker.device) as syncs:
+        began = time.monotonic()
+        for _ in range(launches):
+            turn(worker, scheduler)
+        wall_s = time.monotonic() - began
+    spent = [r.nfe - b for r, b in zip(rows, before, strict=True)]
+    while worker.in_flight:
+        taken(worker, scheduler)
+    each = (at.decided() - decided) / (int(worker.buf.age.sum()) - ages)
+    return Decoded(each, sum(spent), max(spent), wall_s, sum(replays.ms("step")) / 1e3, syncs.n)
+
+
+def turn(worker: Worker, scheduler: Scheduler) -> None:
+    """Send one launch, read the one before."""
+    plan = scheduler.plan()
+    assert plan is not None, "the requests must outlast the measurement"
+    worker.launch(plan)
+    if worker.in_flight > 1:
+        taken(worker, scheduler)
+
+
+def taken(worker: Worker, scheduler: Scheduler) -> None:
+    """Read the oldest launch."""
+    plan, replies = worker.harvest()
+    scheduler.take(plan.running, replies)
+
+
+def floor_bytes(worker: Worker, tokens: int) -> dict[str, int]:
+    """Bytes that a forward must read: every weight but an input table once, and the K/V of so many tokens."""
+    net, card = worker.net, worker.card
+    table = 0 if card.tied else int(net.table.nbytes)
+    read = sum(int(p.nbytes) for p in net.parameters()) - table
+    token = 2 * card.layers * card.kv_heads * card.head_dim * worker.config.torch_dtype.itemsize
+    return {"weights": read, "kv": tokens * token}

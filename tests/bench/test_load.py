@@ -1,0 +1,44 @@
+"""Throughput serves every request through the engine, and its parts add up to the wall time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dlx.bench import How, Scene, throughput
+from dlx.bench.load import serve
+from dlx.bench.report import sentence
+
+CPU = How(graphs="off", device="cpu")
+
+
+@pytest.mark.parametrize("forwards", [1, 8])
+def test_all_requests_are_served_at_the_forced_schedule(nano: Path, forwards: int) -> None:
+    scene = Scene(nano, block=16, context=40, requests=5, accept=4)
+    record = throughput(scene, CPU._replace(forwards=forwards), 40, 2, "python bench")
+    assert record["tokens"] == 5 * 40
+    # 40 = 8 after the prompt's tail and two blocks of 16: 2 + 4 + 4 forwards
+    assert record["nfe"] == 5 * 10
+    assert record["forwards"] == 3 * 10  # two at once, two at once, one
+    assert record["tokens_per_forward"] == 4.0
+    assert record["tokens_per_s"] == pytest.approx(200 / record["wall_s"])
+    parts = record["prefill_s"] + record["decode_s"] + record["idle"]["s"]
+    assert parts == pytest.approx(record["wall_s"]) and record["idle"]["s"] > 0
+    assert record["scene"]["rows"] == 2 and record["scene"]["max_tokens"] == 40
+    assert "5 requests of 40 + 40 tokens, 2 at once: 200 tokens" in sentence(record)
+
+
+def test_every_launch_has_the_forwards_that_it_ran(nano: Path) -> None:
+    scene = Scene(nano, block=16, context=32, requests=3, accept=8)
+    engine = scene.engine(CPU._replace(forwards=3), 128, rows=3)
+    run = serve(engine, scene, 64)
+    assert run.launched == [3, 3, 2]  # 64 tokens, 8 a forward
+    assert len(run.replays.ms("step")) == 3 and len(run.replays.ms("prefill")) == 3
+    assert [r.prompt for r in run.requests] != [run.requests[0].prompt] * 3
+
+
+def test_all_requests_decode_at_once_unless_told_otherwise(nano: Path) -> None:
+    record = throughput(Scene(nano, 16, 32, 3, 16), CPU, 32, None, "python bench")
+    assert record["scene"]["rows"] == 3
+    assert record["forwards"] == 2
