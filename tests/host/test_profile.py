@@ -18,7 +18,8 @@ from dlx.caches import kernels
 from dlx.config import Config
 from dlx.errors import ConfigError, RequestError
 from dlx.graphs.step import step_
-from dlx.profile import DEVICE, Profile, Recording, Table, op_of, profiled, tabled
+from dlx.profile import Profile, Recording, profiled
+from dlx.timeline import DEVICE, Table, op_of, tabled
 
 PARTS = ("open", "look", "think", "decide", "commit")
 HOST = ("plan", "launch", "step", "harvest", "take")
@@ -54,13 +55,14 @@ def test_the_tables_sums_are_the_traces(eager: tuple[Table, Events]) -> None:
     ops = [e for e in events if e.get("cat") == "cpu_op"]
 
     def inside(e: dict[str, Any]) -> bool:
-        return any(o is not e and o["ts"] <= e["ts"] and e["ts"] + e["dur"] <= o["ts"] + o["dur"] for o in ops)
+        return any(o["ts"] <= e["ts"] < o["ts"] + o["dur"] and (o["ts"], -o["dur"]) < (e["ts"], -e["dur"]) for o in ops)
 
     outer = [e for e in ops if not inside(e)]
     total = sum(e["dur"] for e in outer)
     assert total > 0
     for rows in (table.verbs, table.kernels):
         assert sum(line.us for line in rows) * 3 == pytest.approx(total)
+        assert sum(line.own_us for line in rows) * 3 == pytest.approx(total, rel=1e-3)  # one thread: nothing overlaps
         assert sum(line.n for line in rows) * 3 == pytest.approx(len(outer))
         assert sum(line.share for line in rows) == pytest.approx(1)
     for verb in HOST:
@@ -100,10 +102,18 @@ def test_a_run_too_short_to_record_is_told(nano_llm: LLM, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_of_the_run_is_not_hidden(nano_llm: LLM, tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), profiled(nano_llm.engine, Profile(out=tmp_path)):
-        _ = 1 / 0
+@pytest.mark.parametrize("start", [1, 9])
+def test_an_error_of_the_run_is_not_hidden_and_ends_the_recording(nano_llm: LLM, tmp_path: Path, start: int) -> None:
+    def broken() -> None:
+        with profiled(nano_llm.engine, Profile(start=start, steps=9, out=tmp_path)):
+            nano_llm.generate([40, 41], SamplingParams(max_nfe=3))
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert nano_llm.engine.before_turn is None
+    assert not torch.autograd._profiler_enabled()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_a_gpus_work_belongs_to_the_verb_and_the_operator_that_sent_it() -> None
             event("kernel", "nvjet_tst_64x8", 210, 4, 2, tid=7),
             event("kernel", "triton_poi_fused_where_3", 215, 2, 3, tid=7),
             event("kernel", "_attention", 220, 7, 4, tid=7),
-            event("kernel", "_kv_store", 230, 3, 4, tid=7),
+            event("kernel", "_kv_store", 225, 5, 4, tid=7),  # begins before the one before has ended, and waits
             event("gpu_memcpy", "Memcpy DtoH", 240, 1, 5, tid=7),
             event("kernel", "vectorized_elementwise", 250, 5, 6, tid=7),
             event("gpu_user_annotation", "dlx:think", 200, 14, tid=7),
@@ -176,24 +186,24 @@ def test_a_gpus_work_belongs_to_the_verb_and_the_operator_that_sent_it() -> None
         steps=1,
     )
     assert [(line.name, line.n, line.us) for line in table.host] == [("launch", 1, 100), ("step", 1, 80)]
-    assert [(line.name, line.n, line.us) for line in table.verbs] == [
-        ("launch", 1, 1),
-        ("step", 2, 10),
-        ("think", 2, 12),
-        ("decide", 1, 2),
-        ("outside", 1, 5),
+    assert [(line.name, line.n, line.us, line.own_us) for line in table.verbs] == [
+        ("launch", 1, 1, 1),
+        ("step", 2, 12, 10),
+        ("think", 2, 12, 12),
+        ("decide", 1, 2, 2),
+        ("outside", 1, 5, 5),
     ]
-    assert [(line.name, line.op, line.n, line.us, line.share) for line in table.kernels] == [
-        ("_attention", "attention", 2, 15, 0.5),
-        ("vectorized_elementwise", "other", 1, 5, 5 / 30),
-        ("nvjet_tst_64x8", "matmul", 1, 4, 4 / 30),
-        ("_kv_store", "kv_store", 1, 3, 0.1),
-        ("triton_poi_fused_where_3", "fused", 1, 2, 2 / 30),
-        ("Memcpy DtoH", "copy", 1, 1, 1 / 30),
+    assert [tuple(line) for line in table.kernels] == [
+        ("_attention", "attention", 2, 15, 15, 0.5),
+        ("vectorized_elementwise", "other", 1, 5, 5, 5 / 30),
+        ("nvjet_tst_64x8", "matmul", 1, 4, 4, 4 / 30),
+        ("_kv_store", "kv_store", 1, 5, 3, 0.1),
+        ("triton_poi_fused_where_3", "fused", 1, 2, 2, 2 / 30),
+        ("Memcpy DtoH", "copy", 1, 1, 1, 1 / 30),
     ]
     lines = str(table).splitlines()
     assert lines[0].split() == ["host,", "a", "step", "of", "1", "n", "µs"]
-    assert ["_attention", "attention", "2", "15.0", "50.0"] in [line.split() for line in lines]
+    assert ["_attention", "attention", "2", "15.0", "15.0", "50.0"] in [line.split() for line in lines]
 
 
 def test_a_long_table_is_cut_and_its_rest_summed() -> None:
