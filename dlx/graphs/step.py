@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlx.graphs.buffer import BAD, COUNTS, LENGTH, MAX_NFE, NUMBERS, RUNNING, STOP, BlockBuffer, Outbox
+from dlx.graphs.packing import fitting, layout, seats
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Seen
 from dlx.ops import OPS
@@ -77,15 +78,17 @@ def denoise(
     # a division, not a mean: that multiplies by 1 / L on a GPU, and 5 of 25 would be less than 0.2
     progress = torch.where(buf.whole, 1.0, (buf.tok != ids.mask).sum(-1).float() / L)
     last = progress.gather(1, (buf.open - 1).clamp_min(0).long()[:, None])[:, 0]
-    room = torch.minimum(policy.N + (lead > 0).int(), (limit - buf.start + L - 1) // L)
-    more = (last >= buf.num[:, num("open_at")]) & (buf.open < room) & ~buf.done
+    most = torch.minimum(policy.N + (lead > 0).int(), (limit - buf.start + L - 1) // L)
+    more = (last >= buf.num[:, num("open_at")]) & (buf.open < most) & ~buf.done
     opened = buf.open + more.int()
 
-    # look: every open place is computed; the N from `lead` (or 0) on may decode
+    # look: every open place is computed, if there is room; the N from `lead` (or 0) on may decode
     at("look")
-    part = (seat < opened[:, None]) & ~buf.done[:, None]
-    pos, seen = OPS["positions"](buf.start, torch.where(buf.done, 0, opened), L, places)
-    view = View(pos, buf.pages, seen)
+    shown = torch.where(buf.done, 0, opened)
+    room = seats(B, policy.N, L)
+    taken = shown if room is None else fitting(shown, lead, room)
+    there = layout(buf, taken, room)
+    part = seat < taken[:, None]
     ahead = lead > 0
     cut = Cut(ahead)
     before = torch.cat((torch.ones_like(progress[:, :1]), progress[:, :-1]), 1)
@@ -95,8 +98,9 @@ def denoise(
 
     # think: write K/V of what is looked at, attend to pages, turn the deciding positions into candidates
     at("think")
-    h = net.forward(policy.embed(net.embed, buf.tok.flatten(1)), view, kv)
-    c = propose(cut(h.unflatten(1, (places, L))), net.head(), temp, buf, cut(pos.unflatten(1, (places, L))), ids)
+    h = net.forward(policy.embed(net.embed, there.tokens(buf.tok)), there.view(), kv)
+    pos = buf.start[:, None, None] + torch.arange(places * L, dtype=torch.int32, device=seat.device).view(places, L)
+    c = propose(cut(there.places(h, L)), net.head(), temp, buf, cut(pos), ids)
 
     # decide
     at("decide")
@@ -109,7 +113,7 @@ def denoise(
     # commit: leading blocks that were whole before this forward now have their final K/V; slide them out
     at("commit")
     new = slide(buf, tok, whole, opened, lead, ids.mask)
-    age = buf.age + (~buf.done).int()
+    age = buf.age + (~buf.done & (taken == shown)).int()
     new = new._replace(age=age)
     spent = age >= buf.ints[:, COUNTS.index("max_nfe")]
     n, why = committed(new, spent, limit, bad, ids.mask)

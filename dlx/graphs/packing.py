@@ -1,0 +1,110 @@
+"""Which blocks a forward computes, and how they lie: all places of every row, or only blocks that have work, packed.
+
+A window has a place more than may decode, so that a block commits without a forward of its own; at one request that
+place is free, from some hundred positions on it is not. Packed, the device fills a fixed number of seats with the
+blocks that have work; a seat is a row of one block to the network, with its request's page table.
+
+A row is looked at whole, or in its committing blocks alone, or not at all: what decodes always sees what it would see
+without packing, so the answers are the same. Every row's least need fits; what commits and decodes may have to wait
+with decoding for a forward, which is not counted as one of the row's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlx.graphs.buffer import BlockBuffer
+from dlx.ops import OPS
+from dlx.ops.attention import View
+
+FREE = 256  # positions of a forward up to which one more costs nothing on a GPU: reading the weights takes as long
+
+
+def seats(B: int, N: int, L: int) -> int | None:
+    """Blocks that a forward of B rows computes; None where packing saves nothing.
+
+    N a row, and room for a quarter of the rows to commit as well.
+    """
+    most = B * (N + 1)
+    some = B * N + -(-B // 4)
+    return some if most * L > FREE and some < most else None
+
+
+def fitting(shown: Tensor, lead: Tensor, room: int) -> Tensor:
+    """[B] int32: leading places that are computed, `room` at most in all.
+
+    shown  [B] int32  leading places with work
+    lead   [B] int32  of these, the first ones that only commit
+    """
+    least = torch.where(lead > 0, lead, shown)
+    more = shown - least
+    fits = more.cumsum(0) <= room - least.sum()
+    return torch.where(fits, shown, least).int()
+
+
+class Every(NamedTuple):
+    """All places of every row, each row one row of queries."""
+
+    pos: Tensor  # [B, places · L]  int32
+    seen: Tensor  # [B, places · L]  int32
+    pages: Tensor  # [B, W]           int32
+
+    @staticmethod
+    def of(buf: BlockBuffer, taken: Tensor) -> Every:
+        _, places, L = buf.tok.shape
+        pos, seen = OPS["positions"](buf.start, taken, L, places)
+        return Every(pos, seen, buf.pages)
+
+    def view(self) -> View:
+        return View(self.pos, self.pages, self.seen)
+
+    def tokens(self, tok: Tensor) -> Tensor:
+        """[B, places, L] → [B, places · L]"""
+        return tok.flatten(1)
+
+    def places(self, h: Tensor, L: int) -> Tensor:
+        """[B, places · L, E] → [B, places, L, E]"""
+        return h.unflatten(1, (-1, L))
+
+
+class Packed(NamedTuple):
+    """Blocks with work, each a row of queries; seats that are left over see and store nothing."""
+
+    pos: Tensor  # [seats, L]  int32
+    seen: Tensor  # [seats, L]  int32
+    pages: Tensor  # [seats, W]  int32
+    row: Tensor  # [seats]     int64  whose block sits there
+    place: Tensor  # [seats]     int64  and which
+    seat: Tensor  # [B, places] int64  where a block sits; anywhere for one that does not
+
+    @staticmethod
+    def of(buf: BlockBuffer, taken: Tensor, room: int) -> Packed:
+        B, places, L = buf.tok.shape
+        device = buf.tok.device
+        some = (torch.arange(places, device=device) < taken[:, None]).flatten()
+        at = some.cumsum(0)  # a block's seat, counted from 1
+        here = some & (at == torch.arange(1, room + 1, device=device)[:, None])  # [seats, B · places]
+        block = (here * torch.arange(B * places, device=device)).sum(1)
+        row, place = block // places, block % places
+        start = buf.start[row] + (place * L).int()
+        pos, seen = OPS["positions"](start, here.any(1).int(), L, 1)
+        return Packed(pos, seen, buf.pages[row], row, place, (at - 1).clamp(0, room - 1).view(B, places))
+
+    def view(self) -> View:
+        return View(self.pos, self.pages, self.seen)
+
+    def tokens(self, tok: Tensor) -> Tensor:
+        """[B, places, L] → [seats, L]"""
+        return tok[self.row, self.place]
+
+    def places(self, h: Tensor, L: int) -> Tensor:
+        """[seats, L, E] → [B, places, L, E]"""
+        return h[self.seat]
+
+
+def layout(buf: BlockBuffer, taken: Tensor, room: int | None) -> Every | Packed:
+    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or with all places."""
+    return Every.of(buf, taken) if room is None else Packed.of(buf, taken, room)
