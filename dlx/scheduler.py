@@ -11,6 +11,7 @@ from dlx.errors import RequestError
 from dlx.graphs import buffer
 from dlx.graphs.buffer import Row
 from dlx.graphs.policies import Policy
+from dlx.graphs.prefill import Stretch
 from dlx.graphs.shapes import Shapes, bucket
 from dlx.models.card import Card
 from dlx.pages import PagePool
@@ -24,18 +25,10 @@ FINISH = {
 }
 
 
-class PromptChunk(NamedTuple):
-    """Complete blocks of a prompt to prefill: ids at absolute position `start` of a row with these pages."""
-
-    tok: list[int]
-    start: int
-    pages: list[int]
-
-
 class Plan(NamedTuple):
     """One launch: prompts to prefill, rows to admit by slot, and the step's bucket of rows."""
 
-    prefill: list[PromptChunk]
+    prefill: list[Stretch]
     admit: dict[int, Row]
     bucket: int
     running: dict[int, Request]  # by slot, as they are in this launch
@@ -72,7 +65,7 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """The next launch, or None if there is nothing to run."""
-        prefill: list[PromptChunk] = []
+        prefill: list[Stretch] = []
         admit: dict[int, Row] = {}
         while self.waiting and self._slots and self._need(self.waiting[0]) <= self.pool.free:
             request = self.waiting.popleft()
@@ -143,10 +136,10 @@ class Scheduler:
         end = len(request.prompt) + request.params.max_tokens
         return -(-(-(-end // self.L) * self.L) // self.shapes.S)
 
-    def _chunks(self, request: Request) -> list[PromptChunk]:
+    def _chunks(self, request: Request) -> list[Stretch]:
         end = len(request.prompt) // self.L * self.L
         most = self.shapes.tokens[-1]
-        return [PromptChunk(request.prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)]
+        return [Stretch(request.prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)]
 
     def _row(self, request: Request) -> Row:
         p, start = request.params, len(request.prompt) // self.L * self.L

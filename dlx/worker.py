@@ -70,7 +70,8 @@ class Worker:
         self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device)
         self.sent = loop.allocate(B, self.policy.N * self.L, config.forwards, self.device)
         self.epoch = 0  # launches sent
-        self.prompts = {T: prefill.blank(T, W, self.device) for T in self.shapes.tokens}
+        C = self.shapes.C
+        self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
         if config.pack is not None and config.graphs != "off":
             from dlx import pack
 
@@ -82,10 +83,11 @@ class Worker:
     def launch(self, plan: Plan) -> None:
         """Send one plan to the device: prompts, new rows, one step. Returns before the device is done."""
         with span("launch"), self._there:  # events, captures and Triton take the current device
-            for chunk in plan.prefill:
-                T = shapes.bucket(self.shapes.tokens, len(chunk.tok))
+            C, most = self.shapes.C, self.shapes.tokens[-1] // self.shapes.C
+            for batch in prefill.batches(plan.prefill, C, most):
+                T = shapes.bucket(self.shapes.tokens, len(batch) * C)
                 key = self._prefill_graph(T)
-                packed = prefill.pack(chunk.tok, chunk.start, chunk.pages, T, self.shapes.W)
+                packed = prefill.pack(batch, T // C, C, self.shapes.W)
                 prefill.fill_(self.prompts[T], self._sent(packed))
                 with span("prefill"):
                     self.graphs.replay(key)

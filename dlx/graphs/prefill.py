@@ -1,7 +1,13 @@
-"""Prefill: K/V of a chunk of a prompt's complete blocks into pages. No head: nothing is decided here."""
+"""Prefill: K/V of prompts' complete blocks into pages. No head: nothing is decided here.
+
+A forward takes stretches of C positions, of one prompt or of several: to the network a stretch is a row with its
+prompt's page table. All of a layer's K/V is stored before anything attends to it, so stretches of a prompt may go
+together.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,39 +18,61 @@ from dlx.ops import OPS
 from dlx.ops.attention import View
 
 
+class Stretch(NamedTuple):
+    """Complete blocks of a prompt: ids at absolute position `start`, of a row with these pages."""
+
+    tok: list[int]
+    start: int
+    pages: list[int]
+
+
 class Prompt(NamedTuple):
-    """The static inputs of one prefill graph: a chunk of T positions of one row."""
+    """The static inputs of one prefill graph: R stretches of C positions."""
 
-    tok: Tensor  # [1, T] int32
-    start: Tensor  # [1]    int32  absolute position of tok[0, 0]; a multiple of L
-    n: Tensor  # [1]    int32  valid positions, a multiple of L; the rest is padding
-    pages: Tensor  # [1, W] int32
+    tok: Tensor  # [R, C] int32
+    start: Tensor  # [R]    int32  absolute position of tok[r, 0]; a multiple of L
+    n: Tensor  # [R]    int32  valid positions, a multiple of L; the rest is padding
+    pages: Tensor  # [R, W] int32
 
 
-def blank(T: int, W: int, device: torch.device) -> Prompt:
-    """A prompt of nothing."""
-    shapes = ((1, T), (1,), (1,), (1, W))
+def blank(R: int, C: int, W: int, device: torch.device) -> Prompt:
+    """Stretches of nothing."""
+    shapes = ((R, C), (R,), (R,), (R, W))
     return Prompt(*(torch.zeros(*s, dtype=torch.int32, device=device) for s in shapes))
 
 
-def pack(tok: list[int], start: int, pages: list[int], T: int, W: int) -> Tensor:
-    """A chunk as int32 [2 + W + T]."""
-    return torch.tensor(
-        [start, len(tok), *pages, *[0] * (W - len(pages)), *tok, *[0] * (T - len(tok))], dtype=torch.int32
-    )
+def batches(chunks: Iterable[Stretch], C: int, most: int) -> Iterator[list[Stretch]]:
+    """Chunks of any length as stretches of C at most, `most` of them together, in their order."""
+    batch: list[Stretch] = []
+    for tok, start, pages in chunks:
+        for at in range(0, len(tok), C):
+            batch.append(Stretch(tok[at : at + C], start + at, pages))
+            if len(batch) == most:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def pack(stretches: list[Stretch], R: int, C: int, W: int) -> Tensor:
+    """Up to R stretches as int32 [R, 2 + W + C]; those that are left over are empty."""
+    rows = [
+        [s.start, len(s.tok), *s.pages, *[0] * (W - len(s.pages)), *s.tok, *[0] * (C - len(s.tok))] for s in stretches
+    ]
+    return torch.tensor(rows + [[0] * (2 + W + C)] * (R - len(rows)), dtype=torch.int32)
 
 
 def fill_(prompt: Prompt, packed: Tensor) -> None:
-    """Write a packed chunk, already on the device, into the graph's inputs; no host sync."""
-    head, pages, tok = packed.split((2, prompt.pages.shape[1], prompt.tok.shape[1]))
-    prompt.start.copy_(head[:1])
-    prompt.n.copy_(head[1:])
-    prompt.pages.copy_(pages[None])
-    prompt.tok.copy_(tok[None])
+    """Write packed stretches, already on the device, into the graph's inputs; no host sync."""
+    head, pages, tok = packed.split((2, prompt.pages.shape[1], prompt.tok.shape[1]), 1)
+    prompt.start.copy_(head[:, 0])
+    prompt.n.copy_(head[:, 1])
+    prompt.pages.copy_(pages)
+    prompt.tok.copy_(tok)
 
 
 def prefill_(L: int, net: Network, prompt: Prompt, kv: tuple[Tensor, ...]) -> None:
-    """Write the chunk's K/V: a position sees all before it and its own block of L.
+    """Write the stretches' K/V: a position sees all before it and its own block of L.
 
     kv  one tensor a layer [2, P, S, G, D]; written
     """

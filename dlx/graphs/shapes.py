@@ -11,7 +11,8 @@ class Shapes(NamedTuple):
     """The fixed sizes of a worker. W is the page-table width: the pages of the longest row."""
 
     rows: tuple[int, ...]  # step buckets, ascending; the last is the number of slots
-    tokens: tuple[int, ...]  # prefill buckets, ascending multiples of L
+    tokens: tuple[int, ...]  # prefill buckets, ascending multiples of C
+    C: int  # positions of a prompt that are one row of a prefill, a multiple of L
     S: int  # tokens a page
     W: int
 
@@ -21,12 +22,12 @@ def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048) -> Shapes:
     rows = [1]
     while rows[-1] < slots:
         rows.append(min(2 * rows[-1], slots))
-    unit = -(-64 // L) * L
-    longest = min(-(-max_len // L) * L, -(-chunk // L) * L)
-    tokens = [min(unit, longest)]
-    while tokens[-1] < longest:
-        tokens.append(min(4 * tokens[-1], longest))
-    return Shapes(tuple(rows), tuple(tokens), S, -(-max_len // S))
+    C = -(-min(64, max_len) // L) * L
+    longest = -(-min(chunk, max_len) // C) * C
+    tokens = [C]
+    while tokens[-1] < longest:  # few rows cost as much as 256: the weights are read once
+        tokens.append(min((4 if tokens[-1] == C else 2) * tokens[-1], longest))
+    return Shapes(tuple(rows), tuple(tokens), C, S, -(-max_len // S))
 
 
 def bucket(sizes: tuple[int, ...], n: int) -> int:

@@ -20,10 +20,11 @@ def pages_after(nano: Path, chunks: list[tuple[int, int]], T: int, poison: bool 
     if poison:
         for kv in worker.kv:
             kv.fill_(float("nan"))
-    prompt = prefill.blank(T, worker.shapes.W, torch.device("cpu"))
+    C, W = worker.shapes.C, worker.shapes.W
+    prompt = prefill.blank(T // C, C, W, torch.device("cpu"))
     for low, high in chunks:
-        packed = prefill.pack(PROMPT[low:high], low, [3, 1, 0, 2], T, worker.shapes.W)
-        prefill.fill_(prompt, packed)
+        (batch,) = prefill.batches([prefill.Stretch(PROMPT[low:high], low, [3, 1, 0, 2])], C, T // C)
+        prefill.fill_(prompt, prefill.pack(batch, T // C, C, W))
         prefill.prefill_(worker.L, worker.net, prompt, worker.kv)
     return worker.kv[1]
 
@@ -37,10 +38,38 @@ def test_chunks_leave_what_the_whole_prompt_leaves(nano: Path) -> None:
 
 def test_padding_changes_nothing_and_writes_nothing(nano: Path) -> None:
     torch.testing.assert_close(
-        pages_after(nano, [(0, 64)], 112), pages_after(nano, [(0, 64)], 64), rtol=1e-5, atol=1e-5
+        pages_after(nano, [(0, 64)], 128), pages_after(nano, [(0, 64)], 64), rtol=1e-5, atol=1e-5
     )
     poisoned = pages_after(nano, [(0, 48)], 64, poison=True)
     table = [3, 1, 0, 2]
     assert poisoned[:, table[:3]].isfinite().all()
     assert poisoned[:, table[3]].isnan().all()
     assert poisoned[:, 4:].isnan().all()
+
+
+def test_prompts_prefilled_together_leave_what_they_leave_apart(nano: Path) -> None:
+    prompts = [
+        prefill.Stretch(PROMPT, 0, [3, 1, 0, 2]),
+        prefill.Stretch([7 + i % 30 for i in range(80)], 0, [4, 5, 6, 7, 8]),
+    ]
+    after = []
+    for together in (True, False):
+        worker = Worker(Config.from_args(nano, device="cpu", max_num_seqs=2, max_model_len=160))
+        C, W, R = worker.shapes.C, worker.shapes.W, 3
+        prompt = prefill.blank(R, C, W, torch.device("cpu"))
+        for group in [prompts] if together else [[p] for p in prompts]:
+            for batch in prefill.batches(group, C, R):
+                prefill.fill_(prompt, prefill.pack(batch, R, C, W))
+                prefill.prefill_(worker.L, worker.net, prompt, worker.kv)
+        after.append(worker.kv[1])
+    assert all(after[0][:, page].any() for page in range(9))
+    torch.testing.assert_close(after[0], after[1], rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_cut_into_stretches_in_their_order() -> None:
+    chunks = [prefill.Stretch(list(range(10)), 20, [1]), prefill.Stretch([7, 8], 0, [2])]
+    got = list(prefill.batches(chunks, 4, 3))
+    assert [[(s.tok, s.start, s.pages) for s in batch] for batch in got] == [
+        [([0, 1, 2, 3], 20, [1]), ([4, 5, 6, 7], 24, [1]), ([8, 9], 28, [1])],
+        [([7, 8], 0, [2])],
+    ]

@@ -15,8 +15,8 @@ def test_rows_are_powers_of_two_up_to_the_slots() -> None:
 
 
 def test_prefill_chunks_are_multiples_of_the_block_and_no_longer_than_the_longest_prompt() -> None:
-    assert plan(1, 4096, 16, 16).tokens == (64, 256, 1024, 2048)
-    assert plan(1, 100, 16, 16).tokens == (64, 112)
+    assert plan(1, 4096, 16, 16).tokens == (64, 256, 512, 1024, 2048)
+    assert plan(1, 100, 16, 16).tokens == (64, 128)
     assert plan(1, 20, 4, 16).tokens == (20,)
     assert all(t % 24 == 0 for t in plan(1, 1000, 24, 24).tokens)
 

@@ -19,7 +19,7 @@ from dlx.scheduler import Plan, Scheduler
 L, S, MASK, STOP = 4, 8, 3, 2
 CARD = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK))
 POLICY = Policy(L=L, accept=0.7, open_at=0.2, force_at=0.6)
-SHAPES = Shapes(rows=(1, 2, 4), tokens=(8, 16), S=S, W=8)
+SHAPES = Shapes(rows=(1, 2, 4), tokens=(8, 16), C=8, S=S, W=8)
 NAN = float("nan")
 
 
