@@ -2,12 +2,14 @@
 #
 #   PYTHON  the interpreter, 3.11 or newer
 #   VENV    the environment's folder
+#   JOBS    processes of `make test`
 #   TORCH   what pip installs torch from. The default takes what the index serves (on PyPI a CUDA build of
 #           several GB); a CPU build: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
@@ -22,8 +24,8 @@ demo: $(VENV)/.core
 	He gets 5 shells from his sister. How many shells does Tom have in the end?"
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not gpu and not multi_gpu and not interp"
-	TRITON_INTERPRET=1 $(PYTEST) -m interp
+	$(PYTEST) -n $(JOBS) -m "not gpu and not multi_gpu and not interp"
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m interp
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

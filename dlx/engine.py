@@ -89,11 +89,11 @@ class Engine:
                 return chunks
             news = {chunk.id: chunk for chunk in chunks}
             live = [(slot, r) for slot, r in plan.running.items() if r.finish is None or r.id in news]
-            return [self._watched(news, r, slot, replies[slot].n) for slot, r in live]
+            return [self._watched(news, r, slot) for slot, r in live]
 
-    def _watched(self, news: dict[int, Chunk], request: Request, slot: int, n: int) -> Chunk:
+    def _watched(self, news: dict[int, Chunk], request: Request, slot: int) -> Chunk:
         chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
-        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot)[max(n, request.tail) :])
+        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot, request.tail))
 
     def _chunk(self, request: Request, ids: list[int]) -> Chunk:
         shown = ids[:-1] if request.finish is Finish.STOP else ids

@@ -25,6 +25,8 @@ Prompt = str | list[int] | list[Message]  # raw text, token ids, or a conversati
 class LLM:
     """A model ready to decode; `LLM()` is the bundled one. See `dlx.config.Config` for the arguments.
 
+    On a GPU, LLMs of one process share the kernels' counters: let one of them decode at a time.
+
     Raises ConfigError, PolicyError, ModelError, CapacityError  when built
     """
 

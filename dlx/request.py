@@ -123,7 +123,10 @@ class Chunk(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The whole answer to one request; text and ids leave the stop id out, `tokens` counts it."""
+    """The whole answer to one request; text and ids leave the stop id out, `tokens` counts it.
+
+    prefill_forwards  chunks of the prompt that were prefilled; chunks of several prompts may share a forward
+    """
 
     id: int
     prompt_token_ids: list[int]

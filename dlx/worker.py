@@ -130,7 +130,7 @@ class Worker:
             return flight.plan, [Reply(row[:-3], *row[-3:]) for row in flight.outbox.tolist()]
 
     def stop(self, slot: int) -> None:
-        """Make a row inert from the next launch on; the one that runs ends with its forward."""
+        """Make a row inert from the next launch on; a loop on the device ends with its forward."""
         self.sent.halt.fill_(self.epoch)  # the device reads it where it lies, on the host
         self.buf.done[slot].fill_(True)
 
@@ -146,9 +146,10 @@ class Worker:
     def _outbox(self, rows: int) -> Tensor:
         return (self.sent.out if self.looped else self.sent.step)[:rows]
 
-    def window(self, slot: int) -> list[int]:
-        """The ids in a row's open places, masks included; waits for the device (live views only)."""
-        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten().tolist()
+    def window(self, slot: int, given: int) -> list[int]:
+        """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
+        n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
+        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:].tolist()
 
     def _network(self) -> Decoder:
         kind = family(self.card.arch)

@@ -58,7 +58,7 @@ def measured(engine: Engine, scene: Scene, max_tokens: int, rows: int) -> dict[s
     tokens, nfe = sum(len(r.out) for r in run.requests), sum(r.nfe for r in run.requests)
     steps = run.replays.ms("step")[: len(run.launched)]  # one more may have been sent when the last request ended
     prefill_s, decode_s = sum(run.replays.ms("prefill")) / 1e3, sum(steps) / 1e3
-    each = [ms / n for ms, n in zip(steps, run.launched, strict=True)]
+    each = [ms / n for ms, n in zip(steps, run.launched, strict=True) if n]
     key = next(key for key in reversed(run.replays.keys) if isinstance(key, tuple) and key[0] == "step")
     found = trace(lambda: worker.graphs.turn(key)) if worker.device.type == "cuda" else None
     busy = min(rows, scene.requests)
@@ -104,8 +104,10 @@ def serve(engine: Engine, scene: Scene, max_tokens: int) -> Run:
         requests = list(engine.scheduler.waiting)
         while not engine.idle:
             before = [r.nfe for r in requests]
+            unread = engine.worker.in_flight - engine.worker.epoch
             engine.step()  # reads one launch at most, but for the last
             spent = max(r.nfe - b for r, b in zip(requests, before, strict=True))
-            launched += [spent] if spent else []
+            if engine.worker.in_flight - engine.worker.epoch < unread:
+                launched.append(spent)  # 0: sent before it was known that all its rows had ended
         wall_s = time.monotonic() - began
     return Run(requests, replays, launched, wall_s, syncs.n)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Literal
 
 import torch
+from triton.errors import TritonError
 
 from dlx.errors import ConfigError
 from dlx.graphs.loop import Launch, WhileGraph, unrolled
@@ -68,7 +69,7 @@ class Graphs:
         if not unroll:
             try:
                 loop = WhileGraph(first, step, launch)
-            except (ImportError, RuntimeError) as error:
+            except (ImportError, AttributeError, RuntimeError, TritonError) as error:
                 log.warning("no loop on the device, turns are launched one by one: %s", error)
             else:
                 self._kept.append(loop)

@@ -11,6 +11,7 @@ both ways give the same.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Launch(NamedTuple):
     left: Tensor  # [1]                 int32  forwards that the launch may still run
     on: Tensor  # [1]                 int32  1 while a row runs
     epoch: Tensor  # [1]                 int32  number of the launch
-    halt: Tensor  # [1]                 int32  in pinned memory: launches up to this number end after their turn
+    halt: Tensor  # [1]                 int32  in pinned memory: launches up to this number take no further turn
     most: int
 
 
@@ -55,7 +56,8 @@ def rows(launch: Launch, B: int) -> Launch:
 
 def begin_(launch: Launch, buf: BlockBuffer) -> None:
     """An empty outbox, and whether there is anything to do. The host has written `left` and `epoch`."""
-    launch.out[:, -3:].zero_()
+    none = torch.zeros_like(buf.age)
+    launch.out[:, -3:].copy_(torch.stack((none, buf.age, none), 1))
     launch.on.copy_((~buf.done).any()[None])
 
 
@@ -141,6 +143,8 @@ class WhileGraph:
         node, body = self._while(handle, asked)
         self._asked(body, self._child(body, turn, []), after=True)
         self.exec = self._did("cudaGraphInstantiate", self.graph, 0)
+        for destroy, what in ((runtime.cudaGraphDestroy, self.graph), (runtime.cudaGraphExecDestroy, self.exec)):
+            weakref.finalize(self, destroy, what).atexit = False  # the driver is gone by then
 
     def replay(self) -> None:
         """Send the launch on the current stream."""

@@ -88,3 +88,31 @@ def test_64_steady_steps_wait_only_for_the_small_read(tiny: Path) -> None:
         waits = {name for name in calls if "Synchronize" in name}
         assert waits <= {"cudaEventSynchronize"}  # the read of the outbox
         assert calls.get("cudaEventSynchronize", 64) == 64
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["while", "unrolled"])
+def test_a_loop_on_the_device_gives_the_same_text(tiny: Path, unroll: bool) -> None:
+    params = [SamplingParams(max_tokens=128, temperature=t, seed=5) for t in [0.0] * 6 + [0.7] * 2]
+    answers = {}
+    for forwards in (1, 3, 64):
+        with LLM(tiny, forwards=forwards, unroll=unroll, device="cuda", max_num_seqs=2) as llm:
+            answers[forwards] = [(o.token_ids, o.nfe) for o in llm.generate(chats(8), params)]
+            route = llm.engine.worker.graphs.routes
+        assert forwards == 1 or set(route.values()) == {"unrolled" if unroll else "while"}
+    assert answers[3] == answers[1] and answers[64] == answers[1]
+
+
+def test_a_row_that_is_dropped_in_mid_loop_leaves_the_other_as_it_is(tiny: Path) -> None:
+    params = SamplingParams(max_tokens=400, threshold=1.0, ignore_eos=True)
+    with LLM(tiny, forwards=64, device="cuda", max_num_seqs=2) as llm:
+        ids = [llm.tokenizer.chat(messages) for messages in chats(2)]
+        (alone,) = llm.generate(ids[:1], params)
+        engine, outputs = llm.engine, []
+        _, second = engine.add_all([(ids[0], params), (ids[1], params)])
+        for turn in range(1000):
+            outputs += [chunk.output for chunk in engine.step() if chunk.output]
+            if turn == 1:
+                engine.abort(second)
+            if engine.idle:
+                break
+    assert [(o.token_ids, o.nfe) for o in outputs] == [(alone.token_ids, alone.nfe)]

@@ -232,7 +232,9 @@ class Launch(NamedTuple):
 
 
 def fits(config: Launch, itemsize: int, limit: int) -> bool:
-    """Whether its pipeline stays below so many bytes of shared memory."""
+    """Whether its tiles are large enough for a matmul, and its pipeline stays below so many bytes of shared memory."""
+    if min(config.BT, config.BV, config.BE) < 16:
+        return False
     return config.stages * (config.BT + config.BV) * config.BE * itemsize <= limit
 
 

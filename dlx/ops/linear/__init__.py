@@ -11,7 +11,10 @@ gain [N]       squares [T, parts] f32, Σ squares = Σ h²       scale [N] f32 o
 Work     2·T·N·K flops; reads weight once: bandwidth-bound for T ≤ 256
 Source   split-K with an ordered last-block reduction (stream-K's fix-up); programmatic dependent launch
 
-T is 256 at most; wider ones belong to cuBLAS. `stream.py` is the kernel for sm_90, `tiles.py` the one for the rest.
+T is 256 at most; wider ones belong to cuBLAS. Weight, gain, scale and bias are parameters: they are read before the
+kernel before has ended, so no kernel in flight may write them.
+
+`stream.py` is the kernel for sm_90, `tiles.py` the one for the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from dlx.ops.linear import reference
 from dlx.ops.linear.choose import run
 from dlx.ops.linear.reference import parts, squared
-from dlx.ops.op import FLOATS, WIDE, Cost, Op, need, need_tensor
+from dlx.ops.op import FLOATS, WIDE, Cost, Op, need, need_fp8, need_tensor
 
 __all__ = ["MOST_ROWS", "accumulate", "parts", "project", "squared"]
 
@@ -80,6 +83,7 @@ def _check(op: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tenso
     need_tensor(f"{op}'s input", x, (None, None), FLOATS)
     need(x.shape[0] <= MOST_ROWS, f"{op}'s number of rows", x.shape[0], f"{MOST_ROWS} at most; F.linear takes more")
     need_tensor(f"{op}'s weight", weight, (None, x.shape[1]), (x.dtype, FP8))
+    need_fp8(f"{op}'s weight", weight)
     if scale is not None:
         need_tensor(f"{op}'s scale", scale, (weight.shape[0],), WIDE)
     need(weight.dtype != FP8 or scale is not None, f"{op}'s scale of an fp8 weight", scale, "a factor a channel")

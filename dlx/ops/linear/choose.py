@@ -34,7 +34,8 @@ def choose_stream(kind: int, T: int, N: int, K: int, itemsize: int, limit: int) 
     swiglu = kind == 1
 
     def fits(config: Stream) -> bool:
-        return config.SUB in (64, 128) and stream.shared_bytes(config, T, swiglu, itemsize) <= limit
+        tiled = config.SUB in (64, 128) and config.BK >= 64
+        return tiled and stream.shared_bytes(config, T, swiglu, itemsize) <= limit
 
     # fp8 is bound by what turns it into bf16: deeper tiles, and two programs a processor that take turns
     BK, share, most, least = (256, limit // 2, 4096, 120) if itemsize == 1 else (128, limit, 8192, 60)

@@ -53,4 +53,4 @@ def accumulate(
     if bias is not None:
         product = product + bias.to(product.dtype)
     out = (h.to(product.dtype) + product).to(h.dtype)
-    return out, out * gain, squared(out)
+    return out, (out * gain).to(out.dtype), squared(out)

@@ -208,7 +208,7 @@ def choose(T: int, X: int, E: int, itemsize: int, limit: int) -> Launch:
     default = Launch(BX, 128 if itemsize < 4 else 64, splits, 4, 4)
     while shared_bytes(default, itemsize) > limit:
         default = default._replace(stages=default.stages - 1)
-    return tuned("route", (T, X, E), default, lambda config: shared_bytes(config, itemsize) <= limit)
+    return tuned("route", (T, X, E), default, lambda c: min(c.BX, c.BE) >= 16 and shared_bytes(c, itemsize) <= limit)
 
 
 def launch(

@@ -141,7 +141,12 @@ def choose(up: bool, T: int, BT: int, N: int, K: int, itemsize: int, w_itemsize:
     stages = SHARED_BYTES // shared_bytes(Launch(BN, BK, 4, 1), BT, itemsize, w_itemsize)
     default = Launch(BN, BK, 4, max(2, min(6, stages)))
     key = (T, int(up), N, K, w_itemsize)
-    return tuned("experts", key, default, lambda config: shared_bytes(config, BT, itemsize, w_itemsize) <= limit)
+
+    def fits(config: Launch) -> bool:
+        tiled = config.BN >= 32 and config.BK >= 32
+        return tiled and shared_bytes(config, BT, itemsize, w_itemsize) <= limit
+
+    return tuned("experts", key, default, fits)
 
 
 def run(
