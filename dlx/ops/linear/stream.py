@@ -74,7 +74,7 @@ def _finish(
 
 
 @gluon.jit
-def _stream(
+def _linear_stream(
     w_desc, x_desc, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr, part_ptr,
     lock_ptr, T, N, K, PARTS, eps, SPLITS,
     SUB: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
@@ -258,7 +258,7 @@ def launch(
         part = torch.empty(size, device=x.device, dtype=torch.float32)
     count = parts(N) if squares is None else squares.shape[1]
     pdl, options = launch_options(x)
-    _stream[(tiles, config.splits, deep)](
+    _linear_stream[(tiles, config.splits, deep)](
         descriptor(weight, SUB, BK), descriptor(x, BT, BK), out if squares is None else squares,
         out if scale is None else scale, out if bias is None else bias, out if h is None else h,
         out if gain is None else gain, out, scaled, sums, part, locks(x.device), T, N, K, count, eps, config.splits,

@@ -63,7 +63,7 @@ def _finish(
 
 
 @triton.jit
-def _tiles(
+def _linear_tiles(
     x_ptr, w_ptr, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr, part_ptr, lock_ptr,
     T, N, K, PARTS, eps, SPLITS,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, SPLIT: tl.constexpr, KIND: tl.constexpr,
@@ -165,7 +165,7 @@ def launch(
     count = parts(N) if squares is None else squares.shape[1]
     pdl, options = launch_options(x)
     even = K % config.BK == 0 and N % (2 * BN) == 0
-    _tiles[(tiles, config.splits, deep)](
+    _linear_tiles[(tiles, config.splits, deep)](
         x, weight, out if squares is None else squares, out if scale is None else scale,
         out if bias is None else bias, out if h is None else h, out if gain is None else gain,
         out, scaled, sums, part, locks(x.device), T, N, K, count, eps, config.splits,

@@ -17,7 +17,7 @@ Source   token lists on the device, weights on the side of the matmul that is ti
 
 Four kernels whose grids need no count from the host: `listed` names the experts in use and the rows of each; two
 matmuls have a program an item of that list and tile of the weight, and programs beyond its end leave at once;
-`_combine` adds a token's K parts up in fp32, in its own order. No sum depends on which other tokens there are.
+`_experts_combine` adds a token's K parts up in fp32, in its own order. No sum depends on which other tokens there are.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dlx.ops.op import power_of_two
 
 
 @triton.jit
-def _list(
+def _experts_list(
     ids_ptr, table_ptr, pairs_ptr, distinct_ptr, N, X, BT,
     BLOCK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -69,5 +69,5 @@ def listed(ids: Tensor, X: int, BT: int, pdl: bool, options: dict[str, bool]) ->
     distinct = torch.empty(1, device=ids.device, dtype=torch.int32)
     # no fewer ids than threads and no fewer bins than lanes, as histograms like it
     block, bins = min(2048, max(128, power_of_two(n))), max(32, power_of_two(X))
-    _list[(X,)](ids, table, pairs, distinct, n, X, BT, block, bins, pdl, num_warps=4, **options)
+    _experts_list[(X,)](ids, table, pairs, distinct, n, X, BT, block, bins, pdl, num_warps=4, **options)
     return table, pairs, distinct

@@ -21,7 +21,7 @@ COLUMNS = 256  # of a token that one program sums up
 
 
 @triton.jit
-def _matmul(
+def _experts_matmul(
     x_ptr, w_ptr, scale_ptr, table_ptr, pairs_ptr, squares_ptr, out_ptr, N, K, PARTS, eps,
     SLOTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, UP: tl.constexpr,
     GELU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, FP8: tl.constexpr, EVEN: tl.constexpr,
@@ -93,7 +93,7 @@ def _matmul(
 
 
 @triton.jit
-def _combine(
+def _experts_combine(
     part_ptr, ids_ptr, weights_ptr, y_ptr, X, E, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """A token's parts, weighted and added up in the order of its slots."""
@@ -174,7 +174,7 @@ def launch(
     y = torch.empty_like(x)
     matmul(x, gate_up, up_scale, table, pairs, squares, h, K, eps, True, gelu, first, pdl, options)
     matmul(h, down, down_scale, table, pairs, None, part, K, eps, False, gelu, second, pdl, options)
-    _combine[(T, -(-E // COLUMNS))](part, ids, weights, y, X, E, K, COLUMNS, pdl, num_warps=2, **options)
+    _experts_combine[(T, -(-E // COLUMNS))](part, ids, weights, y, X, E, K, COLUMNS, pdl, num_warps=2, **options)
     return y, distinct
 
 
@@ -186,7 +186,7 @@ def matmul(
     _, N, K = weight.shape
     count = 1 if squares is None else squares.shape[1]
     even = K % config.BK == 0 and N % config.BN == 0
-    _matmul[(-(-N // config.BN), pairs.shape[0])](
+    _experts_matmul[(-(-N // config.BN), pairs.shape[0])](
         x, weight, out if scale is None else scale, table, pairs, out if squares is None else squares, out, N, K, count,
         eps, slots, pairs.shape[1], config.BN, config.BK, power_of_two(count), up, gelu, squares is not None,
         scale is not None, weight.dtype != x.dtype, even, pdl, x.dtype == torch.float32, not weight.is_cuda,
