@@ -60,7 +60,8 @@ def found(op: str, key: tuple[int, ...], default: L, fits: Callable[[L], bool]) 
     for rows in sorted((n for n in by_rows if n <= key[0]), reverse=True):
         if fits(by_rows[rows]):
             return by_rows[rows]
-        tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
+        if rows == key[0]:  # one for fewer rows need not suit these
+            tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
     if records.default is not None:
         if fits(records.default):
             return records.default
