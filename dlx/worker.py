@@ -158,7 +158,7 @@ class Worker:
         if self.config.load_format == "dummy":
             weights.random(params, self.config.seed)
         else:
-            weights.load(self.config.model, kind.places(self.card), params)
+            weights.load(self.config.model, kind.places(self.card), params, kind.stacked(self.card))
         return net
 
     def _pages_that_fit(self) -> int:
