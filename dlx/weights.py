@@ -19,7 +19,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes as safetensors' headers name them
-SPARE = {"lm_head.weight"}  # a tied checkpoint may carry its embedding a second time
+SPARE = {"lm_head.weight", "model.transformer.ff_out.weight"}  # a tied checkpoint may carry its embedding a second time
 SHOWN = 20  # wrong tensors that one message names
 
 Json = dict[str, object]
@@ -50,7 +50,12 @@ def read_json(path: Path) -> Json:
     return value
 
 
-def load(folder: str | Path, places: Mapping[str, Place], params: Mapping[str, Tensor]) -> None:
+def load(
+    folder: str | Path,
+    places: Mapping[str, Place],
+    params: Mapping[str, Tensor],
+    stacked: Mapping[str, Place] | None = None,
+) -> None:
     """Fill `params` in place from the safetensors of a checkpoint folder.
 
     Every tensor is checked by the shards' headers before the first one is read; then each is copied to its
@@ -58,31 +63,46 @@ def load(folder: str | Path, places: Mapping[str, Place], params: Mapping[str, T
 
     places  checkpoint name → where it goes; together they cover every row of every parameter
     params  parameter name → tensor on its device
+    stacked names of tensors that, where they are there, stand for all places of their parameter
     Work    linear in the number of tensors; holds one checkpoint tensor beside the parameters
     Raises ModelError  no weights, pickle weights, a damaged or missing shard; missing, extra, misshapen or
                        non-float tensors, each named
     """
     rows = dict.fromkeys(params, 0)
     for place in places.values():
-        rows[place.param] += place.shape[0]
-    assert rows == {name: param.shape[0] for name, param in params.items()}, "places must cover the parameters"
+        rows[place.param] += place.rows
+    assert rows == {name: len(_rows(param)) for name, param in params.items()}, "places must cover the parameters"
     with ExitStack() as stack:
         shards = [(path, stack.enter_context(_open(path))) for path in _shards(_folder(folder))]
+        names = {name for _, shard in shards for name in shard.keys()}  # noqa: SIM118 (a shard is no mapping)
+        places = _with(places, {name: place for name, place in (stacked or {}).items() if name in names})
         found = _check(folder, places, shards)
         for name, (path, shard) in found.items():
             place = places[name]
             with torch.no_grad():
-                params[place.param].narrow(0, place.row, place.shape[0]).copy_(_read(path, shard, name))
+                part = _rows(params[place.param]).narrow(0, place.row, place.rows)
+                part.copy_(_rows(_read(path, shard, name)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix of the vectors along the last axis; a vector as it is."""
+    return x.flatten(0, -2) if x.ndim > 1 else x
+
+
+def _with(places: Mapping[str, Place], stacked: Mapping[str, Place]) -> Mapping[str, Place]:
+    """Places in which these tensors stand for all others of their parameters."""
+    taken = {place.param for place in stacked.values()}
+    return {name: place for name, place in places.items() if place.param not in taken} | dict(stacked)
 
 
 def random(params: Mapping[str, Tensor], seed: int) -> None:
-    """Fill `params` in place for benchmarks: matrices from N(0, 0.02²), vectors (norms) with ones."""
+    """Fill `params` in place for benchmarks: matrices from N(0, 0.02²), vectors with ones, but biases with zeros."""
     draws: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
         for name in sorted(params):
             param = params[name]
             if param.ndim == 1:
-                param.fill_(1.0)
+                param.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             if param.device not in draws:
                 draws[param.device] = torch.Generator(param.device).manual_seed(seed)

@@ -191,6 +191,7 @@ def more(target: Target) -> dict[str, Callable[[], Any]]:
         "project with SwiGLU, idle positions": idle("project", torch.bfloat16, True),
         "accumulate, idle positions": idle("accumulate", torch.bfloat16),
         "positions": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8),
+        "positions, given": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8, ids(2)),
     }
 
 
