@@ -34,7 +34,7 @@ ROWS = {
     "project": ("a", "squares", "live"),
     "accumulate": ("y", "h", "live"),
     "positions": ("start", "open"),
-    "route": ("x", "squares"),
+    "route": ("x", "squares", "live"),
     "experts": ("x", "ids", "weights", "squares"),
 }
 WHOLE = {"experts": (1,)}  # results that tell of the whole batch, by their place
