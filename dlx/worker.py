@@ -63,7 +63,7 @@ class Worker:
         sizes = geometry(config, self.card, self.L)
         self.max_len = sizes.max_len
         self.shapes = shapes.plan(config.max_num_seqs, sizes.max_len, self.L, sizes.S)
-        self.net = self._network()
+        self.net = self._network(raw)
         self.num_pages = config.num_pages or self._pages_that_fit()
         self.kv = tuple(self._pages() for _ in range(self.card.layers))  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
@@ -151,14 +151,21 @@ class Worker:
         n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
         return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:].tolist()
 
-    def _network(self) -> Decoder:
-        kind = family(self.card.arch)
+    def _network(self, raw: weights.Json) -> Decoder:
+        kind, config = family(self.card.arch), self.config
+        places = kind.places(self.card)
+        deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
         net = kind.build(self.card, self.device, self.config.torch_dtype)
         params = dict(net.named_parameters())
         if self.config.load_format == "dummy":
             weights.random(params, self.config.seed)
         else:
-            weights.load(self.config.model, kind.places(self.card), params)
+            try:
+                where = weights.layout(raw, places, params)
+                weights.load(config.model, where, params, deltas=deltas, finite=config.check_weights)
+            except BaseException:
+                weights.release(params)
+                raise
         return net
 
     def _pages_that_fit(self) -> int:
