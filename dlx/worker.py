@@ -162,7 +162,8 @@ class Worker:
         else:
             try:
                 where = weights.layout(raw, places, params)
-                weights.load(config.model, where, params, deltas=deltas, finite=config.check_weights)
+                stacked, finite = kind.stacked(self.card), config.check_weights
+                weights.load(config.model, where, params, stacked, deltas=deltas, finite=finite)
             except BaseException:
                 weights.release(params)
                 raise

@@ -1,4 +1,4 @@
-"""DEVICE: the networks. `MODELS` names the family of each Hugging Face architecture; a family is imported when used."""
+"""DEVICE: the networks. `MODELS` names the build of each architecture in `families.py`; it is imported when used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import torch
 from dlx.errors import ModelError
 from dlx.models.card import Card, Place
 from dlx.models.decoder import Decoder
+from dlx.models.families import FAMILIES
 
-MODELS: dict[str, str] = {
-    "SDARForCausalLM": "dlx.models.sdar:SDAR",
+LLAMA = "dlx.models.names:LLAMA"
+
+MODELS: dict[str, str] = dict.fromkeys(FAMILIES, LLAMA) | {
+    "LLaDAModelLM": "dlx.models.names:LLADA",
+    "LLaDA2MoeModelLM": "dlx.models.names:LLADA2",
 }
 
 
@@ -22,10 +26,11 @@ class Family(NamedTuple):
 
     build: Callable[[Card, torch.device, torch.dtype], Decoder]
     places: Callable[[Card], dict[str, Place]]
+    stacked: Callable[[Card], dict[str, Place]]  # tensors that may stand for all places of their parameter
 
 
 def family(architecture: str) -> Family:
-    """The family of `architectures[0]`. Raises ModelError if there is none."""
+    """The family of a card's `arch`. Raises ModelError if there is none."""
     if architecture not in MODELS:
         raise ModelError(f"architecture {architecture!r} is not supported; dlx loads {', '.join(MODELS)}")
     module, name = MODELS[architecture].split(":")

@@ -12,14 +12,15 @@ from dlx.ops.attention import View
 
 
 class Attention(nn.Module):
-    """Holds qkv [(H + 2G)·D, E], one matrix, and out [E, H·D]; q and k are normalised a head if the card says so."""
+    """Holds qkv [(H + 2G)·D, E], one matrix (with a bias if the card says so), and out [E, H·D];
+    q and k are normalised a head if the card says so."""
 
     def __init__(self, card: Card, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = card.eps
         H, G, D = card.heads, card.kv_heads, card.head_dim
         self.heads, self.head_dim = H + 2 * G, D
-        self.qkv = Linear(card.hidden, self.heads * D, device, dtype)
+        self.qkv = Linear(card.hidden, self.heads * D, device, dtype, bias=card.qkv_bias)
         self.q_norm = RMSNorm(D, card.eps, device, dtype) if card.qk_norm else None
         self.k_norm = RMSNorm(D, card.eps, device, dtype) if card.qk_norm else None
         self.out = Linear(H * D, card.hidden, device, dtype)

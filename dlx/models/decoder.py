@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dlx.models.attention import Attention
 from dlx.models.card import Card
-from dlx.models.layers import MLP, RMSNorm, parameter
-from dlx.ops import OPS
+from dlx.models.layers import MLP, MoE, RMSNorm, parameter
 from dlx.ops.attention import View
 from dlx.ops.linear import MOST_ROWS, squared
 
@@ -20,12 +19,15 @@ from dlx.ops.linear import MOST_ROWS, squared
 class Layer(nn.Module):
     """x += attention(norm x); x += mlp(norm x)."""
 
-    def __init__(self, card: Card, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, card: Card, at: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
+        mixture = None if card.mixture is None or at < card.mixture.dense else card.mixture
         self.attn_norm = RMSNorm(card.hidden, card.eps, device, dtype)
         self.attn = Attention(card, device, dtype)
         self.mlp_norm = RMSNorm(card.hidden, card.eps, device, dtype)
-        self.mlp = MLP(card.hidden, card.ffn, device, dtype)
+        self.mlp: MLP | MoE = (
+            MLP(card.hidden, card.ffn, device, dtype) if mixture is None else MoE(card.hidden, mixture, device, dtype)
+        )
 
 
 class Decoder(nn.Module):
@@ -40,10 +42,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.eps = card.eps
         self.table = parameter(card.vocab, card.hidden, device=device, dtype=dtype)
-        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(card, device, dtype) for _ in range(card.layers)))
+        self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(card, i, device, dtype) for i in range(card.layers)))
         self.norm = RMSNorm(card.hidden, card.eps, device, dtype)
         self.lm_head = self.table if card.tied else parameter(card.vocab, card.hidden, device=device, dtype=dtype)
-        half = torch.arange(0, card.head_dim, 2, dtype=torch.float32, device=device) / card.head_dim
+        half = torch.arange(0, card.rotary, 2, dtype=torch.float32, device=device) / card.rotary
         self.register_buffer("frequencies", card.theta**-half, persistent=False)
 
     def embed(self, tok: Tensor) -> Tensor:
@@ -67,12 +69,11 @@ class Decoder(nn.Module):
         gain = iter([*gains[1:], self.norm.weight])
         a = h * gains[0]
         for layer, pages in zip(self.layers, kv, strict=True):
-            attn, mlp = layer.attn, layer.mlp
-            qkv = OPS["project"](a, squares, attn.qkv.weight, self.eps, False)
+            attn = layer.attn
+            qkv = attn.qkv.project(a, squares, self.eps)
             y = attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
-            h, a, squares = OPS["accumulate"](y, attn.out.weight, h, next(gain))
-            y = OPS["project"](a, squares, mlp.gate_up.weight, self.eps, True)
-            h, a, squares = OPS["accumulate"](y, mlp.down.weight, h, next(gain))
+            h, a, squares = attn.out.accumulate(y, h, next(gain))
+            h, a, squares = layer.mlp.narrow(a, squares, h, next(gain), self.eps)
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
         return (a.float() * scale).to(x.dtype).unflatten(0, (B, C))
 

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlx.models.card import Mixture
+from dlx.ops import OPS
+from dlx.ops.linear import squared
+
 
 def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter that never needs a gradient."""
@@ -13,14 +17,23 @@ def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Param
 
 
 class Linear(nn.Module):
-    """x [..., in] → x · weightᵀ [..., out]; weight [out, in]."""
+    """x [..., in] → x · weightᵀ (+ bias) [..., out]; weight [out, in], bias [out] if there is one."""
 
-    def __init__(self, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         self.weight = parameter(n_out, n_in, device=device, dtype=dtype)
+        self.bias = parameter(n_out, device=device, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+    def project(self, a: Tensor, squares: Tensor, eps: float, swiglu: bool = False) -> Tensor:
+        """The op of that name, for few rows."""
+        return OPS["project"](a, squares, self.weight, eps, swiglu, None, self.bias)
+
+    def accumulate(self, y: Tensor, h: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The op of that name, for few rows."""
+        return OPS["accumulate"](y, self.weight, h, gain, None, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -47,3 +60,43 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
+
+    def narrow(self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Few rows: h + MLP(norm h), its product with the next gain, and its squares; a = h · gain of this norm."""
+        return self.down.accumulate(self.gate_up.project(a, squares, eps, swiglu=True), h, gain)
+
+
+class MoE(nn.Module):
+    """Experts of which a token takes a few, and shared ones that it always takes.
+
+    gate_up [X, 2F, E] and down [X, E, F] are stacked; router [X, E] and bias [X] are fp32 whatever the dtype.
+    """
+
+    def __init__(self, n: int, mixture: Mixture, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        m = self.mixture = mixture
+        self.router = parameter(m.experts, n, device=device, dtype=torch.float32)
+        self.bias = parameter(m.experts, device=device, dtype=torch.float32) if m.bias else None
+        self.gate_up = parameter(m.experts, 2 * m.ffn, n, device=device, dtype=dtype)
+        self.down = parameter(m.experts, n, m.ffn, device=device, dtype=dtype)
+        self.shared = MLP(n, m.shared, device, dtype) if m.shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._chosen(x.flatten(0, -2), None, 0.0).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
+
+    def narrow(self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As MLP.narrow."""
+        h = h + self._chosen(a, squares, eps)
+        if self.shared is not None:
+            return self.shared.narrow(a, squares, h, gain, eps)
+        return h, h * gain, squared(h)
+
+    def _chosen(self, x: Tensor, squares: Tensor | None, eps: float) -> Tensor:
+        """[T, E] → [T, E]: what the experts of each token give."""
+        m = self.mixture
+        ids, weights = OPS["route"](
+            x, self.router, squares, self.bias, None, eps, m.active, m.groups, m.top_groups, m.sigmoid, m.renormalise,
+            m.factor,
+        )  # fmt: skip
+        return OPS["experts"](x, ids, weights, self.gate_up, self.down, squares, eps, False)[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dlx.weights.adapter import Adapter
 from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, read_config, read_json
 from dlx.weights.hub import fetched
-from dlx.weights.parameters import FP8, FUSED, LAYOUT, Delta, check, fill, layout, load, random, release
+from dlx.weights.parameters import FP8, FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
 
 __all__ = [
     "FP8",
@@ -21,6 +21,7 @@ __all__ = [
     "Delta",
     "Json",
     "check",
+    "chosen",
     "fetched",
     "fill",
     "index",

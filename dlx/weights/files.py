@@ -15,7 +15,7 @@ from dlx.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-SPARE = {"lm_head.weight"}  # a tied checkpoint may carry its embedding a second time
+SPARE = {"lm_head.weight", "model.transformer.ff_out.weight"}  # a tied checkpoint may carry its embedding a second time
 SHOWN = 20  # wrong tensors that one message names
 
 Json = dict[str, object]

@@ -34,12 +34,14 @@ class Delta(NamedTuple):
 
 
 NONE: Mapping[str, Sequence[Delta]] = MappingProxyType({})
+EMPTY: Mapping[str, Place] = MappingProxyType({})
 
 
 def load(
     folder: str | Path,
     places: Mapping[str, Place],
     params: Mapping[str, Tensor],
+    stacked: Mapping[str, Place] = EMPTY,
     *,
     deltas: Mapping[str, Sequence[Delta]] = NONE,
     finite: bool = False,
@@ -52,6 +54,7 @@ def load(
 
     places    checkpoint name → where it goes; together they cover every row of every parameter
     params    parameter name → tensor on its device
+    stacked   names of tensors that, where they are there, stand for all places of their parameter
     deltas    parameter name → what adapters add to its rows, in fp32 before the cast
     finite    refuse NaN and infinities; waits for the device once a tensor
     progress  a bar on stderr; None shows one at a terminal for what takes long
@@ -60,8 +63,18 @@ def load(
                        ones of another dtype, each named; with `finite` the first tensor that is not
     """
     stored = index(folder)
+    places = chosen(places, stacked, stored)
     check(folder, stored, places, params)
     fill(stored, places, params, deltas=deltas, finite=finite, progress=progress)
+
+
+def chosen(
+    places: Mapping[str, Place], stacked: Mapping[str, Place], stored: Mapping[str, Stored]
+) -> Mapping[str, Place]:
+    """The places in which those of `stacked` that are stored stand for all others of their parameters."""
+    there = {name: place for name, place in stacked.items() if name in stored}
+    taken = {place.param for place in there.values()}
+    return {name: place for name, place in places.items() if place.param not in taken} | there
 
 
 def check(
@@ -163,13 +176,13 @@ def release(params: Mapping[str, Tensor]) -> None:
 
 
 def random(params: Mapping[str, Tensor], seed: int) -> None:
-    """Fill `params` in place for benchmarks: matrices from N(0, 0.02²), vectors (norms) with ones."""
+    """Fill `params` in place for benchmarks: matrices from N(0, 0.02²), vectors with ones, but biases with zeros."""
     draws: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
         for name in sorted(params):
             param = params[name]
             if param.ndim == 1:
-                param.fill_(1.0)
+                param.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             if param.device not in draws:
                 draws[param.device] = torch.Generator(param.device).manual_seed(seed)

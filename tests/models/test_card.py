@@ -9,6 +9,7 @@ import pytest
 
 from dlx.errors import ModelError
 from dlx.models.card import Card
+from dlx.models.families import FAMILIES
 
 # the published config of SDAR-1.7B-Chat: neither block_size nor mask_token_id
 PUBLISHED: dict[str, object] = {
@@ -54,6 +55,7 @@ def test_the_published_config_gives_every_fact() -> None:
         heads=16,
         kv_heads=8,
         head_dim=128,
+        rotary=128,
         ffn=6144,
         vocab=151936,
         eps=1e-6,
@@ -61,6 +63,9 @@ def test_the_published_config_gives_every_fact() -> None:
         tied=False,
         qkv_bias=False,
         qk_norm=True,
+        full=False,
+        shift=False,
+        policy="single_bd",
         mask_id=151669,
         stop_ids=(151645, 151643),
         pad_id=151643,
@@ -126,7 +131,8 @@ def test_architectures_must_name_the_network(named: object) -> None:
 
 def test_an_unknown_architecture_is_told_the_known_ones() -> None:
     message = refusal(PUBLISHED | {"architectures": ["LlamaForCausalLM"]})
-    assert message == "config.json: the architecture 'LlamaForCausalLM' is unknown; dlx knows SDARForCausalLM"
+    known = ", ".join(FAMILIES)
+    assert message == f"config.json: the architecture 'LlamaForCausalLM' is unknown; dlx knows {known}"
 
 
 @pytest.mark.parametrize(
