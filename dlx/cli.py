@@ -52,7 +52,7 @@ class Flags:
     """What every command that decodes takes; None is the model's, the policy's or the device's own value."""
 
     model: Annotated[Path | None, Parameter(help="Folder of a checkpoint; else the bundled model.")] = None
-    policy: Annotated[str, Parameter(help="Decoding policy, by name.")] = "single_bd"
+    policy: Annotated[str | None, Parameter(help="Decoding policy, by name; the model's own if left out.")] = None
     threshold: Annotated[float | None, Parameter(help="Confidence that accepts a token, 0 to 1.")] = None
     temperature: Annotated[float, Parameter(help="0 takes the likeliest token, above 0 draws.")] = 0.0
     seed: Annotated[Whole | None, Parameter(help="Key of the draws; else a random one.")] = None
@@ -128,7 +128,7 @@ def pack(
     out: Annotated[Path, Parameter(help="Folder of packs.")] = Path("~/.cache/dlx/packs"),
     rows: Annotated[list[Whole] | None, Parameter(help="Buckets of the step; else all.")] = None,
     tokens: Annotated[list[Whole] | None, Parameter(help="Buckets of the prefill; else all.")] = None,
-    policy: Annotated[str, Parameter(help="Decoding policy, by name.")] = "single_bd",
+    policy: Annotated[str | None, Parameter(help="Decoding policy, by name; the model's own if left out.")] = None,
     max_num_seqs: Annotated[Whole, Parameter(help="Rows that decode at once; generate and chat take 1.")] = 8,
     max_model_len: Annotated[Whole | None, Parameter(help="Tokens of prompt and answer.")] = None,
     block_length: Annotated[Whole | None, Parameter(help="Tokens a block, as it was trained.")] = None,

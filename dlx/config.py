@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.capture import MODES, Mode
-from dlx.graphs.policies import Policy, named
+from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.models.card import Card
 from dlx.weights.hub import fetched
 
@@ -38,7 +38,7 @@ class Config(BaseModel):
     """The resolved configuration of one engine; `from_args` builds it. Sizes in tokens, pages and rows.
 
     model         checkpoint folder, or ORG/NAME at huggingface.co
-    policy        decoding strategy, not yet bound to a card
+    policy        decoding strategy, not yet bound to a card; None takes the model's
     graphs        off: eager; compile: Inductor; capture: Inductor and CUDA graphs
     device, dtype where and in what the network runs
     block_length  tokens a block, of those the model was trained for; None takes the policy's or the card's
@@ -60,7 +60,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     model: Path
-    policy: InstanceOf[Policy]
+    policy: InstanceOf[Policy] | None
     graphs: Mode
     device: str
     dtype: Dtype
@@ -81,7 +81,7 @@ class Config(BaseModel):
     @staticmethod
     def from_args(
         model: str | Path | None = None,
-        policy: str | Policy = "single_bd",
+        policy: str | Policy | None = None,
         graphs: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -94,7 +94,7 @@ class Config(BaseModel):
         on_gpu = device.split(":")[0] == "cuda"
         values = {
             "model": TINY if model is None else Path(model).expanduser() if isinstance(model, str | Path) else model,
-            "policy": named(policy),
+            "policy": None if policy is None else named(policy),
             "graphs": graphs or ("capture" if on_gpu else "off"),
             "device": device,
             "dtype": dtype or ("bfloat16" if on_gpu else "float32"),
@@ -148,16 +148,27 @@ class Geometry(NamedTuple):
     max_len: int  # tokens of prompt and answer
 
 
-def bind(policy: Policy, card: Card, block_length: int | None) -> Policy:
-    """The policy with the block length it will run at. Raises PolicyError for one the model was not trained for."""
+def bind(policy: Policy | None, card: Card, block_length: int | None) -> Policy:
+    """The policy, or the family's, with the block length and visibility that it will have.
+
+    Raises PolicyError for what the model was not trained for
+    """
+    policy = policy or POLICIES[card.policy]
+    full = card.full if policy.full is None else policy.full
+    if full is not card.full:
+        trained = "all-to-all" if card.full else "block-causal"
+        raise PolicyError(
+            f"full={full} does not suit this {card.family} checkpoint, which was trained {trained}; "
+            f"use policy={card.policy!r}, or one with full=None"
+        )
     L = block_length or policy.L or card.blocks[0]
-    if L not in card.blocks:
+    if L not in card.blocks and not card.full:
         trained = ", ".join(map(str, card.blocks))
         raise PolicyError(
             f"blocks of {L} tokens do not suit this {card.family} checkpoint, which was trained with {trained}; "
             f"use block_length={card.blocks[0]}"
         )
-    return replace(policy, L=L)
+    return replace(policy, L=L, full=full)
 
 
 def geometry(config: Config, card: Card, L: int) -> Geometry:

@@ -34,7 +34,7 @@ class LLM:
         self,
         model: str | Path | None = None,
         *,
-        policy: str | Policy = "single_bd",
+        policy: str | Policy | None = None,
         graphs: str | None = None,
         device: str | None = None,
         dtype: str | None = None,

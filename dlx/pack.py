@@ -161,7 +161,8 @@ def code() -> str:
 
 def title(config: Config, facts: Key) -> str:
     """The name of a pack's folder."""
-    policy = next((name for name, policy in POLICIES.items() if policy == config.policy), "own")
+    own = facts["card"]["policy"] if config.policy is None else "own"
+    policy = next((name for name, policy in POLICIES.items() if policy == config.policy), own)
     names = slug(facts["machine"]), slug(config.model.resolve().name), policy
     return "--".join((*names, sha256(json.dumps(facts).encode())[:12]))
 

@@ -136,14 +136,20 @@ class Scheduler:
         end = len(request.prompt) + request.params.max_tokens
         return -(-(-(-end // self.L) * self.L) // self.shapes.S)
 
+    def _start(self, prompt: list[int]) -> int:
+        """Where the window begins: with the first incomplete block. Where the first token of a block is read off the
+        position before, not right behind the prompt: then the prompt's last block is looked at once more."""
+        return (len(prompt) - int(self.card.shift)) // self.L * self.L
+
     def _chunks(self, request: Request) -> list[Stretch]:
-        end = len(request.prompt) // self.L * self.L
-        most = self.shapes.tokens[-1]
-        return [Stretch(request.prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)]
+        prompt, end, most = request.prompt, self._start(request.prompt), self.shapes.tokens[-1]
+        if self.policy.full:  # in one piece; what is in the window is computed there too, so without more there is none
+            return [Stretch(prompt, 0, request.pages, len(prompt))] if end else []
+        return [Stretch(prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)]
 
     def _row(self, request: Request) -> Row:
-        p, start = request.params, len(request.prompt) // self.L * self.L
-        request.tail = len(request.prompt) - start
+        p, start = request.params, self._start(request.prompt)
+        request.tail = len(request.prompt) % self.L
         stops = list(dict.fromkeys((*self.card.stop_ids, *p.stop_token_ids)))
         return Row(
             tok=request.prompt[start:],

@@ -51,7 +51,7 @@ class Worker:
         self._there = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         raw, generation = weights.read_config(config.model)
         self.card = Card.from_hf(raw, generation)
-        self.ids = Ids(self.card.mask_id, min(vocab or self.card.vocab, self.card.vocab))
+        self.ids = Ids(self.card.mask_id, min(vocab or self.card.vocab, self.card.vocab), self.card.shift)
         if self.ids.mask >= self.ids.vocab:
             raise ModelError(
                 f"mask_token_id={self.ids.mask} is not among the {self.ids.vocab} ids of the tokenizer; "
@@ -62,12 +62,14 @@ class Worker:
         self.L = self.policy.L
         sizes = geometry(config, self.card, self.L)
         self.max_len = sizes.max_len
-        self.shapes = shapes.plan(config.max_num_seqs, sizes.max_len, self.L, sizes.S)
+        chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward
+        self.shapes = shapes.plan(config.max_num_seqs, sizes.max_len, self.L, sizes.S, chunk)
         self.net = self._network(raw)
         self.num_pages = config.num_pages or self._pages_that_fit()
         self.kv = tuple(self._pages() for _ in range(self.card.layers))  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
-        self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device)
+        E = self.card.hidden if self.card.shift else 0
+        self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device, E, config.torch_dtype)
         self.sent = loop.allocate(B, self.policy.N * self.L, config.forwards, self.device)
         self.epoch = 0  # launches sent
         C = self.shapes.C

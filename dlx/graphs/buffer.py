@@ -32,6 +32,7 @@ class BlockBuffer(NamedTuple):
     seed: Tensor  # [B]               int64  key of the draws
     age: Tensor  # [B]               int32  denoise forwards so far
     done: Tensor  # [B]               bool   the row is inert: writes no K/V, commits nothing
+    last: Tensor  # [B, E or 0]       final hidden state before `start`, where a token is read off the position before
 
 
 class Outbox(NamedTuple):
@@ -49,7 +50,7 @@ class Outbox(NamedTuple):
 class Row(NamedTuple):
     """What the host knows of a request when it takes a slot; `pack` makes one int32 vector of it."""
 
-    tok: list[int]  # prompt tokens of the first, incomplete block: fewer than L
+    tok: list[int]  # the prompt's tokens from `start` on: of the first, incomplete block, or of a whole one to look at
     start: int
     pages: list[int]  # page table, W entries at most
     num: tuple[float, ...]
@@ -58,8 +59,10 @@ class Row(NamedTuple):
     seed: int
 
 
-def allocate(B: int, N: int, L: int, W: int, stops: int, device: torch.device) -> BlockBuffer:
-    """A buffer whose rows are all done."""
+def allocate(
+    B: int, N: int, L: int, W: int, stops: int, device: torch.device, E: int = 0, dtype: torch.dtype = torch.float32
+) -> BlockBuffer:
+    """A buffer whose rows are all done; E is 0 where no hidden state is kept."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
@@ -77,6 +80,7 @@ def allocate(B: int, N: int, L: int, W: int, stops: int, device: torch.device) -
         seed=zeros(B, dtype=torch.int64),
         age=zeros(B),
         done=torch.ones(B, dtype=torch.bool, device=device),
+        last=zeros(B, E, dtype=dtype),
     )
 
 
@@ -106,8 +110,10 @@ def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
     buf.tok[slot, 0].copy_(torch.where(held, given, mask))
     buf.held[slot].fill_(False)
     buf.held[slot, 0].copy_(held)
+    given_whole = head[1] == L  # its forward gives the hidden state that the block after it begins with
     buf.whole[slot].fill_(False)
-    buf.open[slot].fill_(1)
+    buf.whole[slot, 0].copy_(given_whole)
+    buf.open[slot].copy_(1 + given_whole.int())
     buf.start[slot].copy_(head[0])
     buf.pages[slot].copy_(pages)
     buf.num[slot].copy_(num.view(torch.float32))

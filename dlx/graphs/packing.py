@@ -53,9 +53,9 @@ class Every(NamedTuple):
     pages: Tensor  # [B, W]           int32
 
     @staticmethod
-    def of(buf: BlockBuffer, taken: Tensor) -> Every:
+    def of(buf: BlockBuffer, taken: Tensor, given: Tensor | None) -> Every:
         _, places, L = buf.tok.shape
-        pos, seen = OPS["positions"](buf.start, taken, L, places)
+        pos, seen = OPS["positions"](buf.start, taken, L, places, given)
         return Every(pos, seen, buf.pages)
 
     def view(self) -> View:
@@ -81,7 +81,7 @@ class Packed(NamedTuple):
     seat: Tensor  # [B, places] int64  where a block sits; anywhere for one that does not
 
     @staticmethod
-    def of(buf: BlockBuffer, taken: Tensor, room: int) -> Packed:
+    def of(buf: BlockBuffer, taken: Tensor, room: int, given: Tensor | None = None) -> Packed:
         B, places, L = buf.tok.shape
         device = buf.tok.device
         some = (torch.arange(places, device=device) < taken[:, None]).flatten()
@@ -90,7 +90,9 @@ class Packed(NamedTuple):
         block = (here * torch.arange(B * places, device=device)).sum(1)
         row, place = block // places, block % places
         start = buf.start[row] + (place * L).int()
-        pos, seen = OPS["positions"](start, here.any(1).int(), L, 1)
+        used = here.any(1)
+        given = None if given is None else torch.where(used, given[row], 0)
+        pos, seen = OPS["positions"](start, used.int(), L, 1, given)
         return Packed(pos, seen, buf.pages[row], row, place, (at - 1).clamp(0, room - 1).view(B, places))
 
     def view(self) -> View:
@@ -105,6 +107,9 @@ class Packed(NamedTuple):
         return h[self.seat]
 
 
-def layout(buf: BlockBuffer, taken: Tensor, room: int | None) -> Every | Packed:
-    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or with all places."""
-    return Every.of(buf, taken) if room is None else Packed.of(buf, taken, room)
+def layout(buf: BlockBuffer, taken: Tensor, room: int | None, given: Tensor | None) -> Every | Packed:
+    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or with all places.
+
+    given  [B] int32  None, or where each row's prompt ends, which sees itself whole; 0 if none of the row is computed
+    """
+    return Every.of(buf, taken, given) if room is None else Packed.of(buf, taken, room, given)

@@ -17,11 +17,14 @@ class Policy:
 
     L         tokens a block; None takes the length that the model was trained for
     N         blocks of a row that may decode at once
+    full      what a query at position q sees, where a prompt has P tokens. True: all P for q < P, and every key below
+              (q // L + 1) · L from P on. False: the latter for every q. None takes what the model was trained for
     accept, open_at, force_at  defaults of the columns a request may override (see SamplingParams)
     """
 
     L: int | None = None
     N: int = 1
+    full: bool | None = None
     select: Select = Threshold()
     rewrite: Rewrite = Keep()
     settle: Settle = Filled()
@@ -35,6 +38,8 @@ class Policy:
             raise PolicyError(f"L={self.L!r} tokens a block is not allowed; use 1 to 256, or None for the model's own")
         if not (_integer(self.N) and 1 <= self.N <= 32):
             raise PolicyError(f"N={self.N!r} decoding blocks are not allowed; use 1 to 32")
+        if self.full not in (None, True, False):
+            raise PolicyError(f"full={self.full!r} is not allowed; use True, False, or None for the model's own")
         for name in ("accept", "open_at", "force_at"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
@@ -63,6 +68,8 @@ POLICIES: dict[str, Policy] = {
     "single_bd": Policy(),
     "multi_bd": Policy(N=4),
     "fixed": Policy(select=Fixed(1)),
+    # D2F (discrete diffusion forcing): for networks trained all-to-all, by themselves or with its adapters
+    "d2f": Policy(N=4, full=True),
 }
 
 

@@ -25,10 +25,11 @@ class Network(Protocol):
 
 
 class Ids(NamedTuple):
-    """Facts of the model's vocabulary that the step is compiled with."""
+    """Facts of how the model speaks that the step is compiled with."""
 
     mask: int
     vocab: int  # ids at and above are padding and never chosen
+    shift: bool = False  # a token is read off the hidden state of the position before it
 
 
 def silent(verb: str) -> None:
@@ -87,7 +88,10 @@ def denoise(
     shown = torch.where(buf.done, 0, opened)
     room = seats(B, policy.N, L)
     taken = shown if room is None else fitting(shown, lead, room)
-    there = layout(buf, taken, room)
+    given = None
+    if policy.full:  # what the window still has of the prompt sees all of the prompt, and nothing else
+        given = torch.where(taken > 0, buf.start + buf.held.flatten(1).sum(1, dtype=torch.int32), 0)
+    there = layout(buf, taken, room, given)
     part = seat < taken[:, None]
     ahead = lead > 0
     cut = Cut(ahead)
@@ -98,9 +102,9 @@ def denoise(
 
     # think: write K/V of what is looked at, attend to pages, turn the deciding positions into candidates
     at("think")
-    h = net.forward(policy.embed(net.embed, there.tokens(buf.tok)), there.view(), kv)
+    h = there.places(net.forward(policy.embed(net.embed, there.tokens(buf.tok)), there.view(), kv), L)
     pos = buf.start[:, None, None] + torch.arange(places * L, dtype=torch.int32, device=seat.device).view(places, L)
-    c = propose(cut(there.places(h, L)), net.head(), temp, buf, cut(pos), ids)
+    c = propose(cut(shifted(h, buf.last) if ids.shift else h), net.head(), temp, buf, cut(pos), ids)
 
     # decide
     at("decide")
@@ -113,6 +117,8 @@ def denoise(
     # commit: leading blocks that were whole before this forward now have their final K/V; slide them out
     at("commit")
     new = slide(buf, tok, whole, opened, lead, ids.mask)
+    if ids.shift:
+        new = new._replace(last=last_of(h, lead, buf.last))
     age = buf.age + (~buf.done & (taken == shown)).int()
     new = new._replace(age=age)
     spent = age >= buf.ints[:, COUNTS.index("max_nfe")]
@@ -146,6 +152,18 @@ class Cut:
 
     def _as(self, x: Tensor) -> Tensor:
         return self.ahead.view(-1, *[1] * (x.dim() - 1))
+
+
+def shifted(h: Tensor, last: Tensor) -> Tensor:
+    """h [B, N+1, L, E] moved on by a position: each has what was before it, the first one `last` [B, E]."""
+    return torch.cat((last[:, None], h.flatten(1, 2)[:, :-1]), 1).view_as(h)
+
+
+def last_of(h: Tensor, n: Tensor, last: Tensor) -> Tensor:
+    """[B, E]: what is before the window once n [B] blocks, final now, have left it."""
+    ends = h[:, :, -1]
+    at = (n - 1).clamp_min(0).long()[:, None, None].expand(-1, 1, h.shape[-1])
+    return torch.where((n > 0)[:, None], ends.gather(1, at)[:, 0], last)
 
 
 def propose(h: Tensor, head: Tensor, temp: Tensor, buf: BlockBuffer, pos: Tensor, ids: Ids) -> Candidates:
