@@ -6,7 +6,7 @@ Nothing of a checkpoint is executed: pickles are refused, and `auto_map` is not 
 from __future__ import annotations
 
 from dlx.weights.adapter import Adapter
-from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, read_config, read_json
+from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
 from dlx.weights.hub import fetched
 from dlx.weights.parameters import FP8, FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
 
@@ -25,6 +25,7 @@ __all__ = [
     "fetched",
     "fill",
     "index",
+    "inside",
     "layout",
     "load",
     "random",
