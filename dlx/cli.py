@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 import dlx
+from dlx import commands
 from dlx.doctor import examine, installed, settle
 from dlx.errors import CapacityError, ConfigError, DlxError, ModelError, PolicyError, RequestError
 from dlx.request import SamplingParams
@@ -44,6 +45,8 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+app.command(commands.convert)
+app.command(commands.models)
 
 
 @Parameter(name="*")
@@ -51,7 +54,7 @@ app = App(
 class Flags:
     """What every command that decodes takes; None is the model's, the policy's or the device's own value."""
 
-    model: Annotated[Path | None, Parameter(help="Folder of a checkpoint; else the bundled model.")] = None
+    model: Annotated[Path | None, Parameter(help="Folder of a checkpoint, or ORG/NAME; else ours.")] = None
     policy: Annotated[str | None, Parameter(help="Decoding policy, by name; the model's own if left out.")] = None
     threshold: Annotated[float | None, Parameter(help="Confidence that accepts a token, 0 to 1.")] = None
     temperature: Annotated[float, Parameter(help="0 takes the likeliest token, above 0 draws.")] = 0.0
@@ -63,6 +66,7 @@ class Flags:
     device: Annotated[Device | None, Parameter(help="Else CUDA if there is a GPU.")] = None
     dtype: Annotated[Dtype | None, Parameter(help="Of weights and K/V.")] = None
     pack: Annotated[Path | None, Parameter(help="Folder of a pack, or of packs; else $DLX_PACK.")] = None
+    lora: Annotated[Path | None, Parameter(help="Adapter to merge: a folder in PEFT's layout, or ORG/NAME.")] = None
     ignore_eos: Annotated[bool, Parameter(help="Go on past stop tokens.")] = False
     json: Annotated[bool, Parameter(help="Print an answer and its figures as one JSON object.")] = False
     debug: Annotated[bool, Parameter(help="Log everything, and show tracebacks.")] = False
@@ -206,7 +210,7 @@ def load(flags: Flags, **more: Any) -> LLM:
         from dlx.llm import LLM
 
         settle(flags.device)
-        names = ("policy", "graphs", "device", "dtype", "block_length", "pack")
+        names = ("policy", "graphs", "device", "dtype", "block_length", "pack", "lora")
         return LLM(flags.model, max_num_seqs=1, **{name: getattr(flags, name) for name in names}, **more)
 
 

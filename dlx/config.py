@@ -14,6 +14,7 @@ from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.capture import MODES, Mode
 from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.models.card import Card
+from dlx.weights.hub import fetched
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 Dtype = Literal["float32", "bfloat16"]
@@ -36,7 +37,7 @@ def environment() -> Environment:
 class Config(BaseModel):
     """The resolved configuration of one engine; `from_args` builds it. Sizes in tokens, pages and rows.
 
-    model         checkpoint folder
+    model         checkpoint folder, or ORG/NAME at huggingface.co
     policy        decoding strategy, not yet bound to a card; None takes the model's
     graphs        off: eager; compile: Inductor; capture: Inductor and CUDA graphs
     device, dtype where and in what the network runs
@@ -51,6 +52,9 @@ class Config(BaseModel):
                   None takes $DLX_PACK
     load_format   safetensors, or dummy: random weights of the true shape
     seed          of dummy weights
+    check_weights refuse NaN and infinities, tensor by tensor
+    lora          folder of a LoRA adapter (PEFT), or ORG/NAME, merged into the weights as they are read
+    adapters      name → folder of a LoRA adapter, or ORG/NAME, that requests may ask for by name
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -70,6 +74,9 @@ class Config(BaseModel):
     pack: Path | None = None
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
+    check_weights: bool = Field(default=False, strict=True)
+    lora: Path | None = None
+    adapters: dict[str, Path] = Field(default={}, max_length=64)
 
     @staticmethod
     def from_args(
@@ -111,10 +118,20 @@ class Config(BaseModel):
             raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
+        if self.lora is not None and self.load_format == "dummy":
+            raise ConfigError(
+                f"lora={str(self.lora)!r} cannot be merged into random weights; use adapters, or a checkpoint"
+            )
         if self.graphs == "capture" and kind != "cuda":
             raise ConfigError(
                 f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}"
             )
+
+    def local(self) -> Config:
+        """The same with folders in place of repositories, which are fetched. Raises ModelError where one cannot be."""
+        adapters = {name: fetched(path) for name, path in self.adapters.items()}
+        lora = None if self.lora is None else fetched(self.lora)
+        return self.model_copy(update={"model": fetched(self.model), "lora": lora, "adapters": adapters})
 
     @property
     def torch_dtype(self) -> torch.dtype:

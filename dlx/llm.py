@@ -40,7 +40,7 @@ class LLM:
         dtype: str | None = None,
         **config: Any,
     ) -> None:
-        self.config = Config.from_args(model, policy, graphs, device, dtype, **config)
+        self.config = Config.from_args(model, policy, graphs, device, dtype, **config).local()
         self._engine: Engine | None = Engine(self.config)
         self._streams: dict[int, deque[Chunk]] = {}  # open streams: what they have not yet handed on
 

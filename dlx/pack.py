@@ -70,6 +70,7 @@ def make(config: Config, out: Path, rows: Sequence[int] = (), tokens: Sequence[i
         raise ConfigError("graphs='off' compiles nothing that could be packed; use graphs='compile' or 'capture'")
     if any(kernel.device_caches for kernel in kernels()):
         raise ConfigError("this process has run kernels, which leave no file a second time; pack in one of its own")
+    config = config.local()
     read_config(config.model)  # first, for the plainer word on a folder that is not there
     named = config.load_format != "dummy" or (config.model / FILE).is_file()
     vocab = Tokenizer.load(config.model).size if named else None

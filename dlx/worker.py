@@ -64,7 +64,7 @@ class Worker:
         self.max_len = sizes.max_len
         chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward
         self.shapes = shapes.plan(config.max_num_seqs, sizes.max_len, self.L, sizes.S, chunk)
-        self.net = self._network()
+        self.net = self._network(raw)
         self.num_pages = config.num_pages or self._pages_that_fit()
         self.kv = tuple(self._pages() for _ in range(self.card.layers))  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
@@ -153,14 +153,22 @@ class Worker:
         n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
         return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:].tolist()
 
-    def _network(self) -> Decoder:
-        kind = family(self.card.arch)
+    def _network(self, raw: weights.Json) -> Decoder:
+        kind, config = family(self.card.arch), self.config
+        places = kind.places(self.card)
+        deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
         net = kind.build(self.card, self.device, self.config.torch_dtype)
         params = dict(net.named_parameters())
         if self.config.load_format == "dummy":
             weights.random(params, self.config.seed)
         else:
-            weights.load(self.config.model, kind.places(self.card), params, kind.stacked(self.card))
+            try:
+                where = weights.layout(raw, places, params)
+                stacked, finite = kind.stacked(self.card), config.check_weights
+                weights.load(config.model, where, params, stacked, deltas=deltas, finite=finite)
+            except BaseException:
+                weights.release(params)
+                raise
         return net
 
     def _pages_that_fit(self) -> int:

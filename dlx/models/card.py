@@ -62,6 +62,7 @@ class Card:
     blocks   block lengths the checkpoint was trained for; the first is the default
     max_len  positions, prompt and answer together
     mixture  None for a dense network
+    fp8      matmul weights are e4m3, with a scale a row
     """
 
     family: str
@@ -88,6 +89,7 @@ class Card:
     blocks: tuple[int, ...]
     max_len: int
     mixture: Mixture | None = None
+    fp8: bool = False
 
     @staticmethod
     def from_hf(config: Mapping[str, object], generation: Mapping[str, object]) -> Card:
@@ -144,6 +146,7 @@ class Card:
             pad_id=read.integer("pad_token_id", 0, vocab - 1, default=stop_ids[-1]),
             blocks=_blocks(read, facts, max_len),
             max_len=max_len,
+            fp8=config.get("quantization_config") is not None,
             mixture=mixture,
         )
 

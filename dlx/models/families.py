@@ -10,12 +10,14 @@ Allowed = tuple[tuple[object, ...], str]  # the values that ask for nothing, and
 OFF: Allowed = ((None, False), "false")
 NONE: Allowed = ((None,), "null")
 
+OWN_FP8 = {"quant_method": "dlx_fp8"}  # matmul weights e4m3, each row with an fp32 scale beside it
+
 # what the shared decoder does not compute, by key; a family may have more
 PLAIN: dict[str, Allowed] = {
     "hidden_act": (("silu",), '"silu"'),
     "rope_scaling": NONE,
     "use_sliding_window": OFF,
-    "quantization_config": ((None,), "null (bfloat16, float16 or float32 weights)"),
+    "quantization_config": ((None, OWN_FP8), "null, or what `dlx convert --fp8` writes"),
     "mlp_bias": OFF,
 }
 

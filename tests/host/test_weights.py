@@ -73,6 +73,23 @@ def test_tensors_are_cast_to_the_dtype_of_the_parameter(
     assert torch.equal(params["norm"], tensors["norm.weight"].to(wanted))
 
 
+def test_fp8_parameters_take_fp8_tensors_as_they_are_and_no_others(tmp_path: Path) -> None:
+    params = {"w": torch.zeros(4, 3, dtype=weights.FP8), "s": torch.zeros(4)}
+    places = {"w": Place("w", 0, (4, 3)), "s": Place("s", 0, (4,))}
+    stored = {"w": torch.randn(4, 3).to(weights.FP8), "s": torch.ones(4)}
+    weights.load(single(tmp_path, stored), places, params, finite=True)
+    assert torch.equal(params["w"].float(), stored["w"].float())
+    with pytest.raises(ModelError, match=r"w has dtype F32, expected one of F8_E4M3 \(in model\.safetensors\)"):
+        weights.load(single(tmp_path, {"w": torch.zeros(4, 3), "s": torch.ones(4)}), places, params)
+
+
+def test_rows_of_a_stack_of_matrices_are_counted_through_all_of_them(tmp_path: Path) -> None:
+    tensors = {f"e{i}": torch.randn(2, 3) for i in range(4)}
+    params = {"w": torch.zeros(2, 4, 3)}  # two matrices of two tensors each
+    weights.load(single(tmp_path, tensors), {f"e{i}": Place("w", 2 * i, (2, 3)) for i in range(4)}, params)
+    assert torch.equal(params["w"], torch.cat(list(tensors.values())).view(2, 4, 3))
+
+
 def test_a_parameter_that_asks_for_gradients_is_filled_too(tmp_path: Path) -> None:
     params: dict[str, Tensor] = {name: torch.nn.Parameter(value) for name, value in empty().items()}
     weights.load(single(tmp_path, drawn()), PLACES, params)
@@ -85,12 +102,13 @@ def test_a_head_beside_tied_embeddings_is_left_alone(tmp_path: Path) -> None:
     assert params["qkv"].isfinite().all()
 
 
-def test_a_shard_may_be_a_link_out_of_the_folder(tmp_path: Path) -> None:
-    blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
-    blobs.mkdir()
-    folder.mkdir()
-    single(blobs, drawn())
-    (folder / weights.SINGLE).symlink_to(blobs / weights.SINGLE)
+@pytest.mark.parametrize("target", ["../../blobs/0a", "blob"])
+def test_a_link_within_the_folder_or_into_the_blobs_of_the_hub_cache_is_followed(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "models--a--b" / "snapshots" / "0f"
+    folder.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (single(folder, drawn()) / weights.SINGLE).rename(folder / target)
+    (folder / weights.SINGLE).symlink_to(target)
     params = empty()
     weights.load(folder, PLACES, params)
     assert params["norm"].isfinite().all()
@@ -186,7 +204,7 @@ def test_every_missing_extra_and_misshapen_tensor_is_named_at_once(tmp_path: Pat
     message = refusal(single(tmp_path, tensors))
     assert "k.weight has shape [3, 2], expected [2, 3]" in message
     assert "bias is extra (in model.safetensors; the network has no such tensor)" in message
-    assert "v.weight is missing (shape [2, 3])" in message
+    assert "v.weight is missing (shape [2, 3]; not in model.safetensors)" in message
     assert "q.weight" not in message
 
 

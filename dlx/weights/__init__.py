@@ -1,0 +1,35 @@
+"""Checkpoints: folders and repositories, safetensors copied into the parameters of a network, adapters.
+
+Nothing of a checkpoint is executed: pickles are refused, and `auto_map` is not read.
+"""
+
+from __future__ import annotations
+
+from dlx.weights.adapter import Adapter
+from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
+from dlx.weights.hub import fetched
+from dlx.weights.parameters import FP8, FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
+
+__all__ = [
+    "FP8",
+    "FUSED",
+    "INDEX",
+    "LAYOUT",
+    "SHOWN",
+    "SINGLE",
+    "Adapter",
+    "Delta",
+    "Json",
+    "check",
+    "chosen",
+    "fetched",
+    "fill",
+    "index",
+    "inside",
+    "layout",
+    "load",
+    "random",
+    "read_config",
+    "read_json",
+    "release",
+]
