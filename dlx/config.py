@@ -50,6 +50,7 @@ class Config(BaseModel):
     unroll        run the forwards of a launch one after the other, so that a profile shows each
     pack          folder of a pack, or of packs, that `dlx pack` wrote: graphs are read from it instead of compiled;
                   None takes $DLX_PACK
+    quantization  fp8: weights of the layers in e4m3 with a scale a row, quantised while they are read; None leaves them
     load_format   safetensors, or dummy: random weights of the true shape
     seed          of dummy weights
     check_weights refuse NaN and infinities, tensor by tensor
@@ -72,6 +73,7 @@ class Config(BaseModel):
     forwards: int = Field(default=1, strict=True, ge=1, le=4096)
     unroll: bool = Field(default=False, strict=True)
     pack: Path | None = None
+    quantization: Literal["fp8"] | None = None
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
     check_weights: bool = Field(default=False, strict=True)

@@ -23,10 +23,10 @@ from dlx.models import family
 from dlx.models.card import Card, Place
 from dlx.models.families import OWN_FP8
 from dlx.models.layers import Linear
+from dlx.weights.fp8 import quantised, scale_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5 << 30
-LARGEST = 448.0  # of e4m3
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # generation_config and the tokenizer; config and index are ours
 
 
@@ -92,27 +92,10 @@ def convert(
     return out
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[…, out, in] → e4m3 of the same shape, and scales […, out] f32: weight ≈ e4m3 · scale.
-
-    scale = max |row| / 448, or 1 for a row of zeros
-    """
-    wide = weight.float()
-    scale = wide.abs().amax(-1) / LARGEST
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (wide / scale[..., None]).to(weights.FP8), scale
-
-
 def matmuls(net: nn.Module) -> set[str]:
     """The parameters that fp8 is for: weights of linear layers, and stacks of experts."""
     linear = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Linear)}
     return linear | {name for name, param in net.named_parameters() if param.ndim == 3}
-
-
-def scale_of(param: str) -> str:
-    """The name of a weight's scales: X.scale of X.weight, X_scale of X."""
-    stem = param.removesuffix(".weight")
-    return f"{param}_scale" if stem == param else f"{stem}.scale"
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ class Worker:
         self.device = torch.device(config.device)
         self._there = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         raw, generation = weights.read_config(config.model)
-        self.card = Card.from_hf(raw, generation)
+        card = Card.from_hf(raw, generation)
+        self.card = replace(card, fp8=True) if config.quantization == "fp8" else card
         self.ids = Ids(self.card.mask_id, min(vocab or self.card.vocab, self.card.vocab), self.card.shift)
         if self.ids.mask >= self.ids.vocab:
             raise ModelError(

@@ -29,6 +29,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="else bfloat16 on CUDA, float32 on a CPU")
     parser.add_argument("--forwards", type=int, default=1, help="that one launch may run on the device")
     parser.add_argument("--unroll", action="store_true", help="a launch runs its forwards one after the other")
+    parser.add_argument("--quantization", choices=["fp8"], help="weights of the layers in fp8")
     parser.add_argument("--json", type=Path, help="write the record there")
 
 
@@ -53,7 +54,7 @@ def shape(name: str, shapes: Path) -> Path:
 
 def how(args: argparse.Namespace) -> How:
     """What `add_how` was given."""
-    return How(args.graphs, args.device, args.dtype, args.forwards, args.unroll)
+    return How(args.graphs, args.device, args.dtype, args.forwards, args.unroll, args.quantization)
 
 
 def write(path: Path | None, record: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ class How(NamedTuple):
     dtype: str | None = None
     forwards: int = 1
     unroll: bool = False
+    quantization: str | None = None
 
 
 class Scene(NamedTuple):
@@ -82,7 +83,7 @@ class Scene(NamedTuple):
         """What a worker or an engine of `files(folder)` is built with, so that `rows` decode at once."""
         return Config.from_args(
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
-            max_model_len=max_len, forwards=how.forwards, unroll=how.unroll,
+            max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
         )  # fmt: skip
 
     def worker(self, how: How, max_len: int) -> Worker:

@@ -20,10 +20,10 @@ class Attention(nn.Module):
         self.eps = card.eps
         H, G, D = card.heads, card.kv_heads, card.head_dim
         self.heads, self.head_dim = H + 2 * G, D
-        self.qkv = Linear(card.hidden, self.heads * D, device, dtype, bias=card.qkv_bias)
+        self.qkv = Linear(card.hidden, self.heads * D, device, dtype, card.qkv_bias, card.fp8)
         self.q_norm = RMSNorm(D, card.eps, device, dtype) if card.qk_norm else None
         self.k_norm = RMSNorm(D, card.eps, device, dtype) if card.qk_norm else None
-        self.out = Linear(H * D, card.hidden, device, dtype)
+        self.out = Linear(H * D, card.hidden, device, dtype, fp8=card.fp8)
 
     def forward(self, qkv: Tensor, view: View, frequencies: Tensor, kv: Tensor) -> Tensor:
         """qkv [B, C, (H + 2G)·D] → [B, C, H·D]; writes this layer's pages kv [2, P, S, G, D]."""

@@ -26,7 +26,9 @@ class Layer(nn.Module):
         self.attn = Attention(card, device, dtype)
         self.mlp_norm = RMSNorm(card.hidden, card.eps, device, dtype)
         self.mlp: MLP | MoE = (
-            MLP(card.hidden, card.ffn, device, dtype) if mixture is None else MoE(card.hidden, mixture, device, dtype)
+            MLP(card.hidden, card.ffn, device, dtype, card.fp8)
+            if mixture is None
+            else MoE(card.hidden, mixture, device, dtype, card.fp8)
         )
 
 

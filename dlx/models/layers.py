@@ -97,14 +97,17 @@ class MoE(nn.Module):
     router [X, E] and bias [X] are fp32 whatever the dtype.
     """
 
-    def __init__(self, n: int, mixture: Mixture, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, mixture: Mixture, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> None:
         super().__init__()
         m = self.mixture = mixture
         self.router = parameter(m.experts, n, device=device, dtype=torch.float32)
         self.bias = parameter(m.experts, device=device, dtype=torch.float32) if m.bias else None
-        self.gate_up = parameter(m.experts + m.joined, 2 * m.ffn, n, device=device, dtype=dtype)
-        self.down = parameter(m.experts + m.joined, n, m.ffn, device=device, dtype=dtype)
-        self.shared = MLP(n, m.shared, device, dtype) if m.shared and not m.joined else None
+        X, stored = m.experts + m.joined, torch.float8_e4m3fn if fp8 else dtype
+        self.gate_up = parameter(X, 2 * m.ffn, n, device=device, dtype=stored)
+        self.down = parameter(X, n, m.ffn, device=device, dtype=stored)
+        self.gate_up_scale = parameter(X, 2 * m.ffn, device=device, dtype=torch.float32) if fp8 else None
+        self.down_scale = parameter(X, n, device=device, dtype=torch.float32) if fp8 else None
+        self.shared = MLP(n, m.shared, device, dtype, fp8) if m.shared and not m.joined else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._chosen(x.flatten(0, -2), None, 0.0, None).view_as(x)
@@ -126,4 +129,5 @@ class MoE(nn.Module):
             x, self.router, squares, self.bias, None, eps, m.active, m.groups, m.top_groups, m.sigmoid, m.renormalise,
             m.factor, int(m.joined), seen,
         )  # fmt: skip
-        return OPS["experts"](x, ids, weights, self.gate_up, self.down, squares, eps, False)[0]
+        scales = self.gate_up_scale, self.down_scale
+        return OPS["experts"](x, ids, weights, self.gate_up, self.down, squares, eps, False, *scales)[0]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dlx.weights.adapter import Adapter
 from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
+from dlx.weights.fp8 import FP8
 from dlx.weights.hub import fetched
-from dlx.weights.parameters import FP8, FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
+from dlx.weights.parameters import FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
 
 __all__ = [
     "FP8",

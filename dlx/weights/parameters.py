@@ -17,9 +17,9 @@ from torch import Tensor
 from dlx.errors import ModelError
 from dlx.models.card import Place
 from dlx.weights.files import INDEX, SINGLE, SPARE, Json, Stored, index, listed, opened, read
+from dlx.weights.fp8 import FP8, quantised, scale_of
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes as safetensors' headers name them
-FP8 = torch.float8_e4m3fn
 LAYOUT, FUSED = "dlx_layout", "fused"  # what `dlx convert` adds to config.json
 BAR_BYTES = 1 << 30  # less is there before anybody reads a bar
 
@@ -53,8 +53,8 @@ def load(
     file to its rows, with the parameter's device and dtype.
 
     places    checkpoint name → where it goes; together they cover every row of every parameter
-    params    parameter name → tensor on its device
-    stacked   names of tensors that, where they are there, stand for all places of their parameter
+    params    parameter name → tensor on its device; what goes into one in fp8 and is not, is quantised on the way
+    stacked   names of tensors that, where they are there, stand for the first rows of their parameter
     deltas    parameter name → what adapters add to its rows, in fp32 before the cast
     finite    refuse NaN and infinities; waits for the device once a tensor
     progress  a bar on stderr; None shows one at a terminal for what takes long
@@ -71,20 +71,22 @@ def load(
 def chosen(
     places: Mapping[str, Place], stacked: Mapping[str, Place], stored: Mapping[str, Stored]
 ) -> Mapping[str, Place]:
-    """The places in which those of `stacked` that are stored stand for all others of their parameters."""
+    """The places in which those of `stacked` that are stored stand for all others of their rows."""
     there = {name: place for name, place in stacked.items() if name in stored}
-    taken = {place.param for place in there.values()}
-    return {name: place for name, place in places.items() if place.param not in taken} | there
+    taken = {place.param: place.rows for place in there.values()}  # the first rows of each
+    return {name: place for name, place in places.items() if place.row >= taken.get(place.param, 0)} | there
 
 
 def check(
     folder: str | Path, stored: Mapping[str, Stored], places: Mapping[str, Place], params: Mapping[str, Tensor]
 ) -> None:
     """Raise one ModelError that names every tensor that is missing, extra, misshapen or of a wrong dtype."""
-    room = dict.fromkeys(params, 0)
+    room = dict.fromkeys((place.param for place in places.values()), 0)
     for place in places.values():
         room[place.param] += math.prod(place.shape)
-    assert room == {name: param.numel() for name, param in params.items()}, "places must cover the parameters"
+    made = {scale_of(name) for name, param in params.items() if param.dtype == FP8}  # while weights are quantised
+    sizes = {name: param.numel() for name, param in params.items() if name in room or name not in made}
+    assert room == sizes, "places must cover the parameters"
     wrong: list[str] = []
     for name, (path, shape, dtype) in stored.items():
         if name not in places:
@@ -94,7 +96,7 @@ def check(
         place = places[name]
         if shape != place.shape:
             wrong.append(f"{name} has shape {list(shape)}, expected {list(place.shape)} (in {path.name})")
-        allowed = {"F8_E4M3"} if params[place.param].dtype == FP8 else FLOATS
+        allowed = FLOATS | ({"F8_E4M3"} if params[place.param].dtype == FP8 else set())
         if dtype not in allowed:
             wrong.append(f"{name} has dtype {dtype}, expected one of {', '.join(sorted(allowed))} (in {path.name})")
     where = SINGLE if (Path(folder) / SINGLE).is_file() else f"the shards of {INDEX}"
@@ -140,6 +142,9 @@ def fill(
                     bar.advance(task, value.nbytes)
                     if place.param in deltas:
                         value = merged(value.to(target.device), place.row, deltas[place.param])
+                    if target.dtype == FP8 != value.dtype:
+                        value, scale = quantised(value.to(target.device))
+                        params[scale_of(place.param)].view(-1).narrow(0, place.row, scale.numel()).copy_(scale.view(-1))
                     target.copy_(value)
                     if finite and not bool(target.float().isfinite().all()):
                         raise ModelError(
@@ -179,11 +184,17 @@ def random(params: Mapping[str, Tensor], seed: int) -> None:
     """Fill `params` in place for benchmarks: matrices from N(0, 0.02²), vectors with ones, but biases with zeros."""
     draws: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
-        for name in sorted(params):
+        for name in sorted(params, key=lambda name: (params[name].dtype == FP8, name)):  # scales are set with weights
             param = params[name]
             if param.ndim == 1:
                 param.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             if param.device not in draws:
                 draws[param.device] = torch.Generator(param.device).manual_seed(seed)
-            param.normal_(0.0, 0.02, generator=draws[param.device])
+            if param.dtype != FP8:
+                param.normal_(0.0, 0.02, generator=draws[param.device])
+                continue
+            wide = torch.empty(param.shape, device=param.device).normal_(0.0, 0.02, generator=draws[param.device])
+            value, scale = quantised(wide)
+            param.copy_(value)
+            params[scale_of(name)].copy_(scale)
