@@ -134,9 +134,9 @@ def test_the_policy_and_what_a_prompt_sees_are_the_models_where_none_is_asked_fo
     assert bind(None, card, None) == Policy(L=16, full=False)
     assert bind(None, free, None) == Policy(L=16, N=4, full=True)
     assert bind(Policy(N=2), free, 24) == Policy(L=24, N=2, full=True)
-    with pytest.raises(PolicyError, match="full=True does not suit .* block-causal; use policy='single_bd'"):
+    with pytest.raises(PolicyError, match=r"full=True does not suit .* block-causal; use policy='single_bd'"):
         bind(POLICIES["d2f"], card, None)
-    with pytest.raises(PolicyError, match="full=False does not suit .* all-to-all; use policy='d2f'"):
+    with pytest.raises(PolicyError, match=r"full=False does not suit .* all-to-all; use policy='d2f'"):
         bind(Policy(full=False), free, None)
 
 
