@@ -26,7 +26,7 @@ class Family(NamedTuple):
 
     build: Callable[[Card, torch.device, torch.dtype], Decoder]
     places: Callable[[Card], dict[str, Place]]
-    stacked: Callable[[Card], dict[str, Place]]  # tensors that may stand for all places of their parameter
+    stacked: Callable[[Card], dict[str, Place]] = lambda _: {}  # tensors that may stand for all of a parameter
 
 
 def family(architecture: str) -> Family:
