@@ -26,7 +26,7 @@ class Family(NamedTuple):
 
     build: Callable[[Card, torch.device, torch.dtype], Decoder]
     places: Callable[[Card], dict[str, Place]]
-    stacked: Callable[[Card], dict[str, Place]]  # tensors that may stand for the first rows of their parameter
+    stacked: Callable[[Card], dict[str, Place]] = lambda _: {}  # tensors that may stand for a parameter's first rows
 
 
 def family(architecture: str) -> Family:

@@ -61,11 +61,9 @@ def test_a_record_holds_the_whole_measurement(nano: Path) -> None:
 def test_a_loop_is_timed_by_the_forward(nano: Path) -> None:
     scene = Scene(nano, block=16, context=64, requests=1, accept=4)
     record = latency(scene, CPU._replace(forwards=8), 8, "python bench")
-    alone = latency(scene, CPU, 8, "python bench")
     assert record["loop"] == {"forwards": 8, "route": "unrolled"}
     assert record["tokens_per_forward"] == 4.0
     assert record["ms_per_forward"]["n"] == 3  # launches
-    assert record["ms_per_forward"]["p50"] < 4 * alone["ms_per_forward"]["p50"]
     assert "8 forwards a launch (unrolled)" in sentence(record)
 
 

@@ -74,11 +74,11 @@ def test_tensors_are_cast_to_the_dtype_of_the_parameter(
 
 
 def test_fp8_parameters_take_fp8_tensors_as_they_are_and_no_others(tmp_path: Path) -> None:
-    params = {"w": torch.zeros(4, 3, dtype=weights.FP8), "s": torch.zeros(4)}
-    places = {"w": Place("w", 0, (4, 3)), "s": Place("s", 0, (4,))}
+    params = {"w.weight": torch.zeros(4, 3, dtype=weights.FP8), "w.scale": torch.zeros(4)}
+    places = {"w": Place("w.weight", 0, (4, 3)), "s": Place("w.scale", 0, (4,))}
     stored = {"w": torch.randn(4, 3).to(weights.FP8), "s": torch.ones(4)}
     weights.load(single(tmp_path, stored), places, params, finite=True)
-    assert torch.equal(params["w"].float(), stored["w"].float())
+    assert torch.equal(params["w.weight"].float(), stored["w"].float())
     with pytest.raises(ModelError, match=r"w has dtype F32, expected one of F8_E4M3 \(in model\.safetensors\)"):
         weights.load(single(tmp_path, {"w": torch.zeros(4, 3), "s": torch.ones(4)}), places, params)
 

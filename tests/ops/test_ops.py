@@ -33,7 +33,7 @@ ROWS = {
     "kv_store": ("qkv", "pos", "pages", "seen"),
     "project": ("a", "squares", "live"),
     "accumulate": ("y", "h", "live"),
-    "positions": ("start", "open"),
+    "positions": ("start", "open", "given"),
     "route": ("x", "squares", "live"),
     "experts": ("x", "ids", "weights", "squares"),
 }
