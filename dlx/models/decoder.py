@@ -68,19 +68,21 @@ class Decoder(nn.Module):
         gains = [gain for layer in self.layers for gain in (layer.attn_norm.weight, layer.mlp_norm.weight)]
         gain = iter([*gains[1:], self.norm.weight])
         a = h * gains[0]
+        slot = None if view.lora is None else view.lora[:, None].expand(B, C).flatten()
         for layer, pages in zip(self.layers, kv, strict=True):
             attn = layer.attn
-            qkv = attn.qkv.project(a, squares, self.eps)
+            qkv = attn.qkv.project(a, squares, self.eps, slot=slot)
             y = attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
-            h, a, squares = attn.out.accumulate(y, h, next(gain))
-            h, a, squares = layer.mlp.narrow(a, squares, h, next(gain), self.eps)
+            h, a, squares = attn.out.accumulate(y, h, next(gain), slot)
+            h, a, squares = layer.mlp.narrow(a, squares, h, next(gain), self.eps, slot)
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
         return (a.float() * scale).to(x.dtype).unflatten(0, (B, C))
 
     def _wide(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
         """Many rows: matmuls by cuBLAS, what is between them by Inductor."""
+        slot = None if view.lora is None else view.lora[:, None]
         for layer, pages in zip(self.layers, kv, strict=True):
-            y = layer.attn(layer.attn.qkv(layer.attn_norm(x)), view, self.frequencies, pages)
-            x = x + layer.attn.out(y)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            y = layer.attn(layer.attn.qkv(layer.attn_norm(x), slot), view, self.frequencies, pages)
+            x = x + layer.attn.out(y, slot)
+            x = x + layer.mlp(layer.mlp_norm(x), slot)
         return self.norm(x)

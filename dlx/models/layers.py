@@ -16,23 +16,65 @@ def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Param
     return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
 
 
+class LowRank(nn.Module):
+    """What adapters add to a matrix, each to the rows that chose it; slot 0 adds nothing.
+
+        y[t] = Σ x[t] · a[r]ᵀ · b[r]   over the R ranks r of the slot of row t
+
+    a [S·R, in], b [S·R, out]: slots 1 to S, their ranks padded with zeros to the same R. All slots are computed and the
+    others' ranks left out, so shapes are static and a matmul takes every row.
+    """
+
+    a: Tensor
+    b: Tensor
+    slots: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, S: int) -> None:
+        super().__init__()
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+        of = torch.arange(1, S + 1, dtype=torch.int32, device=a.device).repeat_interleave(len(a) // S)
+        self.register_buffer("slots", of, persistent=False)
+
+    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        """x [..., in], slot [...] int32 (its axes may be 1) → [..., out]."""
+        assert slot is not None, "a network with adapters must be told whose rows it computes"
+        return torch.where(slot[..., None] == self.slots, F.linear(x, self.a), 0.0) @ self.b
+
+
 class Linear(nn.Module):
-    """x [..., in] → x · weightᵀ (+ bias) [..., out]; weight [out, in], bias [out] if there is one."""
+    """x [..., in] → x · weightᵀ (+ bias) [..., out]; weight [out, in], bias [out] if there is one.
+
+    With `adapters` each row adds what its slot says; only then does a call need `slot`.
+    """
 
     def __init__(self, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         self.weight = parameter(n_out, n_in, device=device, dtype=dtype)
         self.bias = parameter(n_out, device=device, dtype=dtype) if bias else None
+        self.adapters: LowRank | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.adapters is None else y + self.adapters(x, slot)
 
-    def project(self, a: Tensor, squares: Tensor, eps: float, swiglu: bool = False) -> Tensor:
+    def project(
+        self, a: Tensor, squares: Tensor, eps: float, swiglu: bool = False, slot: Tensor | None = None
+    ) -> Tensor:
+        """The op of that name, for few rows; adapters see what the matrix sees, before SwiGLU."""
+        y = OPS["project"](a, squares, self.weight, eps, swiglu and self.adapters is None, None, self.bias)
+        if self.adapters is None:
+            return y
+        norm = torch.rsqrt(squares.sum(1, keepdim=True) / a.shape[1] + eps)
+        y = y + self.adapters((a * norm).to(a.dtype), slot)
+        return F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if swiglu else y
+
+    def accumulate(
+        self, y: Tensor, h: Tensor, gain: Tensor, slot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The op of that name, for few rows."""
-        return OPS["project"](a, squares, self.weight, eps, swiglu, None, self.bias)
-
-    def accumulate(self, y: Tensor, h: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The op of that name, for few rows."""
+        if self.adapters is not None:
+            h = h + self.adapters(y, slot)
         return OPS["accumulate"](y, self.weight, h, gain, None, self.bias)
 
 
@@ -57,13 +99,15 @@ class MLP(nn.Module):
         self.gate_up = Linear(n, 2 * ffn, device, dtype)
         self.down = Linear(ffn, n, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
+        gate, up = self.gate_up(x, slot).chunk(2, -1)
+        return self.down(F.silu(gate) * up, slot)
 
-    def narrow(self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def narrow(
+        self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float, slot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Few rows: h + MLP(norm h), its product with the next gain, and its squares; a = h · gain of this norm."""
-        return self.down.accumulate(self.gate_up.project(a, squares, eps, swiglu=True), h, gain)
+        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, slot), h, gain, slot)
 
 
 class MoE(nn.Module):
@@ -81,15 +125,17 @@ class MoE(nn.Module):
         self.down = parameter(m.experts, n, m.ffn, device=device, dtype=dtype)
         self.shared = MLP(n, m.shared, device, dtype) if m.shared else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
         y = self._chosen(x.flatten(0, -2), None, 0.0).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y + self.shared(x, slot)
 
-    def narrow(self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def narrow(
+        self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float, slot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As MLP.narrow."""
         h = h + self._chosen(a, squares, eps)
         if self.shared is not None:
-            return self.shared.narrow(a, squares, h, gain, eps)
+            return self.shared.narrow(a, squares, h, gain, eps, slot)
         return h, h * gain, squared(h)
 
     def _chosen(self, x: Tensor, squares: Tensor | None, eps: float) -> Tensor:

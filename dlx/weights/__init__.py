@@ -5,7 +5,7 @@ Nothing of a checkpoint is executed: pickles are refused, and `auto_map` is not 
 
 from __future__ import annotations
 
-from dlx.weights.adapter import Adapter
+from dlx.weights.adapter import Adapter, install
 from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
 from dlx.weights.hub import fetched
 from dlx.weights.parameters import FP8, FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
@@ -26,6 +26,7 @@ __all__ = [
     "fill",
     "index",
     "inside",
+    "install",
     "layout",
     "load",
     "random",
