@@ -73,3 +73,13 @@ def test_chunks_are_cut_into_stretches_in_their_order() -> None:
         [([0, 1, 2, 3], 20, [1]), ([4, 5, 6, 7], 24, [1]), ([8, 9], 28, [1])],
         [([7, 8], 0, [2])],
     ]
+
+
+def test_a_prompt_that_sees_itself_whole_is_not_parted() -> None:
+    chunks = [prefill.Stretch(list(range(n)), 0, [n], n) for n in (9, 4, 5, 12)]
+    got = list(prefill.batches(chunks, 4, 4))
+    assert [[(s.start, s.pages[0], s.end) for s in batch] for batch in got] == [
+        [(0, 9, 9), (4, 9, 9), (8, 9, 9), (0, 4, 4)],
+        [(0, 5, 5), (4, 5, 5)],
+        [(0, 12, 12), (4, 12, 12), (8, 12, 12)],
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from dlx.request import Request, SamplingParams
 from dlx.scheduler import Plan, Scheduler
 
 L, S, MASK, STOP = 4, 8, 3, 2
-CARD = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK))
+CARD = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK, shift=False))
 POLICY = Policy(L=L, accept=0.7, open_at=0.2, force_at=0.6)
 SHAPES = Shapes(rows=(1, 2, 4), tokens=(8, 16), C=8, S=S, W=8)
 NAN = float("nan")
@@ -48,6 +49,26 @@ def test_a_request_holds_pages_for_every_block_it_may_compute(prompt: int, max_t
     request = asked([9] * prompt, max_tokens)
     _, row = admitted(request)
     assert request.pages == row.pages == list(range(pages))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shift", [False, True])
+def test_what_is_prefilled_where_tokens_are_read_off_the_position_before_or_prompts_see_themselves(
+    shift: bool, full: bool
+) -> None:
+    card = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK, shift=shift))
+    shapes = SHAPES._replace(tokens=(8, 64))
+    for n in range(1, 45):
+        request = asked([10 + i % 40 for i in range(n)])
+        s = Scheduler(replace(POLICY, full=full), card, shapes, PagePool(32), max_len=64)
+        s.add(request)
+        plan = s.plan()
+        assert plan is not None
+        row, start = plan.admit[0], (n - 1) // L * L if shift else n // L * L
+        assert (row.start, row.tok, request.tail) == (start, request.prompt[start:], n % L)
+        done = [(chunk.start, chunk.tok, chunk.end) for chunk in plan.prefill]
+        want = (0, request.prompt, n) if full else (0, request.prompt[:start], 0)
+        assert done == ([want] if start else [])
 
 
 def test_complete_blocks_are_prefilled_in_chunks_and_the_rest_joins_the_first_block() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_a_machine_without_a_gpu_runs_eager_in_float32(monkeypatch: pytest.Monke
     without_gpu(monkeypatch)
     c = Config.from_args()
     assert (c.model, c.device, c.graphs, c.dtype) == (TINY, "cpu", "off", "float32")
-    assert (c.policy, c.max_num_seqs, c.load_format) == (POLICIES["single_bd"], 8, "safetensors")
+    assert (c.policy, c.max_num_seqs, c.load_format) == (None, 8, "safetensors")
     assert c.torch_dtype is torch.float32
 
 
@@ -70,7 +71,7 @@ def test_a_policy_is_named_or_given(name: str) -> None:
     assert name in POLICIES
 
 
-@pytest.mark.parametrize("policy", ["multi", "", "SINGLE_BD", None, 5, [], Policy])
+@pytest.mark.parametrize("policy", ["multi", "", "SINGLE_BD", 5, [], Policy])
 def test_an_unknown_policy_is_named_with_those_there_are(policy: object) -> None:
     with pytest.raises(PolicyError) as caught:
         config(policy=policy)
@@ -125,7 +126,18 @@ def test_the_block_length_is_the_arguments_then_the_policys_then_the_models(card
     assert bind(Policy(), card, None).L == 16
     assert bind(Policy(L=32), card, None).L == 32
     assert bind(Policy(L=32), card, 16).L == 16
-    assert bind(Policy(N=4, accept=0.3), card, 32) == Policy(L=32, N=4, accept=0.3)
+    assert bind(Policy(N=4, accept=0.3), card, 32) == Policy(L=32, N=4, full=False, accept=0.3)
+
+
+def test_the_policy_and_what_a_prompt_sees_are_the_models_where_none_is_asked_for(card: Card) -> None:
+    free = replace(card, full=True, policy="d2f")
+    assert bind(None, card, None) == Policy(L=16, full=False)
+    assert bind(None, free, None) == Policy(L=16, N=4, full=True)
+    assert bind(Policy(N=2), free, 24) == Policy(L=24, N=2, full=True)
+    with pytest.raises(PolicyError, match=r"full=True does not suit .* block-causal; use policy='single_bd'"):
+        bind(POLICIES["d2f"], card, None)
+    with pytest.raises(PolicyError, match=r"full=False does not suit .* all-to-all; use policy='d2f'"):
+        bind(Policy(full=False), free, None)
 
 
 @pytest.mark.parametrize(("policy", "block_length"), [(Policy(), 8), (Policy(L=64), None), (Policy(L=16), 4)])

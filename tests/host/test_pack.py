@@ -306,8 +306,8 @@ def test_a_process_that_has_run_kernels_is_refused(nano: Path, tmp_path: Path, m
 
 
 def test_an_entry_of_tritons_cache_serves_in_another_place(tmp_path: Path, monkeypatch: Patch) -> None:
-    names = ("start_ptr", "open_ptr", "pos_ptr", "seen_ptr", "C", "L")
-    sizes = {"BLOCK": 128, "PDL": True}
+    names = ("start_ptr", "open_ptr", "given_ptr", "pos_ptr", "seen_ptr", "C", "L")
+    sizes = {"BLOCK": 128, "GIVEN": True, "PDL": True}
     signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
     source = ASTSource(_positions, signature | dict.fromkeys(sizes, "constexpr"), sizes)
     hits: list[bool] = []

@@ -17,7 +17,7 @@ from dlx.request import Finish, Request, SamplingParams
 from dlx.scheduler import Plan, Reply, Scheduler
 
 L, S, MASK, STOP = 4, 8, 3, 2
-CARD = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK))
+CARD = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK, shift=False))
 POLICY = Policy(L=L, accept=0.7, open_at=0.2, force_at=0.6)
 SHAPES = Shapes(rows=(1, 2, 4), tokens=(8, 16), C=8, S=S, W=8)
 

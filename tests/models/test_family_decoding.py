@@ -84,6 +84,19 @@ def test_the_familys_own_policy_decodes_like_the_reference(made: tuple[str, Any,
         assert not hold(llm, net, name, STRATEGIES[policy], [*range(1, 2 * L + 2), 5 * L, 70, 131, 160])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "forwards"), [("dream", 1), ("llada2", 1), ("fast_dllm_v2", 4)])
+def test_the_compiled_step_decodes_like_the_reference(name: str, forwards: int, tmp_path: Path) -> None:
+    net, L = network(name, seed=1, spread=6.0), FAMILIES[name].L
+    with LLM(
+        write(tmp_path, name, net), graphs="compile", device="cpu", dtype="float32", block_length=L, max_num_seqs=2,
+        forwards=forwards,
+    ) as llm:  # fmt: skip
+        assert not hold(
+            llm, net, name, STRATEGIES["d2f" if FAMILIES[name].full else "single_bd"], [3, L, 2 * L + 1, 70]
+        )
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("policy", ["single_bd", "multi_bd"])
 @pytest.mark.parametrize("name", ["dream", "fast_dllm_v2", "llada"])

@@ -182,6 +182,7 @@ def more(target: Target) -> dict[str, Callable[[], Any]]:
         "candidates, filtered": sampled("candidates", V - 1, V),
         "candidates, a part": sampled("candidates_partial", V - 1, 7, V),
         "positions": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8),
+        "positions, given": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8, ids(2)),
     }
 
 

@@ -33,7 +33,7 @@ ROWS = {
     "kv_store": ("qkv", "pos", "pages", "seen"),
     "project": ("a", "squares"),
     "accumulate": ("y", "h"),
-    "positions": ("start", "open"),
+    "positions": ("start", "open", "given"),
     "route": ("x", "squares"),
     "experts": ("x", "ids", "weights", "squares"),
 }
