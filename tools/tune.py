@@ -41,6 +41,7 @@ VALUES: dict[str, tuple[int, ...]] = {
     "warps": (1, 2, 4, 8, 16),
     "stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
+    "programs": (1, 2, 3, 4, 5, 6, 8),
 }
 
 
@@ -59,7 +60,7 @@ class Best(NamedTuple):
     config: Any
     us: float
     default_us: float
-    tried: int
+    times: dict[Any, float]  # of every configuration that was tried
 
 
 @contextmanager
@@ -107,8 +108,8 @@ def neighbours(config: Any, field: str) -> list[Any]:
     return [config._replace(**{field: n}) for n in sorted(values, key=lambda n: abs(n - value)) if n != value]
 
 
-def search(ask: Ask, took: Callable[[Any], float], deadline: float) -> tuple[Any, int]:
-    """(the fastest configuration found, how many were timed): fields in turn, until none helps or time is over."""
+def search(ask: Ask, took: Callable[[Any], float], deadline: float) -> tuple[Any, dict[Any, float]]:
+    """(the fastest configuration found, the time of each tried): fields in turn, until none helps or time is over."""
     times: dict[Any, float] = {ask.default: took(ask.default)}
     best = ask.default
     while True:
@@ -118,12 +119,12 @@ def search(ask: Ask, took: Callable[[Any], float], deadline: float) -> tuple[Any
                 if config in times or not ask.fits(config):
                     continue
                 if time.monotonic() > deadline:
-                    return best, len(times)
+                    return best, times
                 times[config] = took(config)
                 if times[config] < GAIN * times[best]:
                     best = config
         if best == before:
-            return best, len(times)
+            return best, times
 
 
 def apart(got: object, want: object) -> float:
@@ -166,12 +167,12 @@ def tune(case: Case, device: torch.device, done: set[Any], deadline: float) -> I
             continue
         with answering(with_config(answers)):
             want = tensors(built.own(0))
-        config, tried = search(ask, partial(timed_under, built, ask, answers, want), deadline)
+        config, times = search(ask, partial(timed_under, built, ask, answers, want), deadline)
         final = compare(built, ask, answers, config)
         if final["best"].us >= GAIN * final["default"].us:
             config, final = ask.default, final | {"best": final["default"]}
         answers[ask.op, ask.key] = config
-        yield ask, built, Best(config, final["best"].us, final["default"].us, tried)
+        yield ask, built, Best(config, final["best"].us, final["default"].us, times)
 
 
 def compare(built: Built, ask: Ask, answers: dict[Any, Any], config: Any) -> dict[str, Took]:
@@ -227,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", type=int, help="positions of a forward; all if left out")
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds in all, shared evenly (default 540)")
     parser.add_argument("--folder", type=Path, default=KERNELS, help="where records go (default profiles/kernels)")
+    parser.add_argument("--trials", type=Path, help="append every configuration with its time to this file of lines")
     args = parser.parse_args(argv)
     try:
         if not torch.cuda.is_available():
@@ -255,12 +257,23 @@ def run(args: argparse.Namespace, device: torch.device, end: float) -> None:
             for ask, built, best in tune(case, device, done, now + (end - now) / (len(cases) - i)):
                 done.add((ask.op, ask.key))
                 entry = described(title, ask, built, best, roof)
-                print(f"{title}: {best.tried} tried, {json.dumps(entry)}", flush=True)
+                print(f"{title}: {len(best.times)} tried, {json.dumps(entry)}", flush=True)
                 found.setdefault(ask.op, []).append(entry)
                 write(args.folder, ask.op, found[ask.op])
+                if args.trials:
+                    note(args.trials, title, best.times)
         except FAILURES as error:
             print(f"error: {title}: {error}", file=sys.stderr)
         release()
+
+
+def note(path: Path, title: str, times: dict[Any, float]) -> None:
+    """Append a line a configuration tried, the fastest first; one that failed or gave other numbers has no time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for config, us in sorted(times.items(), key=lambda pair: pair[1]):
+            took = round(us, 3) if us < float("inf") else None
+            file.write(json.dumps({"case": title, "config": config._asdict(), "us": took}) + "\n")
 
 
 def described(title: str, ask: Ask, built: Built, best: Best, roof: Roof) -> dict[str, Any]:

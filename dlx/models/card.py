@@ -44,6 +44,11 @@ class Mixture:
     top_groups: int = 1
     factor: float = 1.0
 
+    @property
+    def joined(self) -> bool:
+        """Whether the shared expert is as wide as the others, so that it is one of them: the last, for every token."""
+        return self.shared == self.ffn
+
 
 @dataclass(frozen=True, slots=True)
 class Card:

@@ -16,6 +16,11 @@ def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Param
     return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
 
 
+def live_of(seen: Tensor) -> Tensor | None:
+    """seen [T] for matmuls that leave idle rows out, where that pays: from the second half of 64 rows on."""
+    return seen if len(seen) > 32 else None
+
+
 class LowRank(nn.Module):
     """What adapters add to a matrix, each to the rows that chose it; slot 0 adds nothing.
 
@@ -45,37 +50,50 @@ class LowRank(nn.Module):
 class Linear(nn.Module):
     """x [..., in] → x · weightᵀ (+ bias) [..., out]; weight [out, in], bias [out] if there is one.
 
-    With `adapters` each row adds what its slot says; only then does a call need `slot`.
+    fp8: the weight is e4m3, and a row of it stands for weight · scale, scale [out] f32. With `adapters` each row of x
+    adds what its slot says; only then does a call need `slot`.
     """
 
-    def __init__(self, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, bias: bool = False, fp8: bool = False
+    ) -> None:
         super().__init__()
-        self.weight = parameter(n_out, n_in, device=device, dtype=dtype)
+        self.weight = parameter(n_out, n_in, device=device, dtype=torch.float8_e4m3fn if fp8 else dtype)
+        self.scale = parameter(n_out, device=device, dtype=torch.float32) if fp8 else None
         self.bias = parameter(n_out, device=device, dtype=dtype) if bias else None
         self.adapters: LowRank | None = None
 
     def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        weight = self.weight
+        if self.scale is not None:
+            weight = (weight.float() * self.scale[:, None]).to(x.dtype)
+        y = F.linear(x, weight, self.bias)
         return y if self.adapters is None else y + self.adapters(x, slot)
 
     def project(
-        self, a: Tensor, squares: Tensor, eps: float, swiglu: bool = False, slot: Tensor | None = None
+        self,
+        a: Tensor,
+        squares: Tensor,
+        eps: float,
+        swiglu: bool = False,
+        live: Tensor | None = None,
+        slot: Tensor | None = None,
     ) -> Tensor:
-        """The op of that name, for few rows; adapters see what the matrix sees, before SwiGLU."""
-        y = OPS["project"](a, squares, self.weight, eps, swiglu and self.adapters is None, None, self.bias)
+        """The op of that name, for few rows; adapters see what the matrix sees, and come before SwiGLU."""
+        alone = self.adapters is None
+        y = OPS["project"](a, squares, self.weight, eps, swiglu and alone, self.scale, self.bias, live)
         if self.adapters is None:
             return y
-        norm = torch.rsqrt(squares.sum(1, keepdim=True) / a.shape[1] + eps)
-        y = y + self.adapters((a * norm).to(a.dtype), slot)
+        y = y + self.adapters((a * torch.rsqrt(squares.sum(1, keepdim=True) / a.shape[1] + eps)).to(a.dtype), slot)
         return F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if swiglu else y
 
     def accumulate(
-        self, y: Tensor, h: Tensor, gain: Tensor, slot: Tensor | None = None
+        self, y: Tensor, h: Tensor, gain: Tensor, live: Tensor | None = None, slot: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The op of that name, for few rows."""
         if self.adapters is not None:
             h = h + self.adapters(y, slot)
-        return OPS["accumulate"](y, self.weight, h, gain, None, self.bias)
+        return OPS["accumulate"](y, self.weight, h, gain, self.scale, self.bias, live)
 
 
 class RMSNorm(nn.Module):
@@ -94,26 +112,38 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) · up x); gate and up are one matrix [2F, E]."""
 
-    def __init__(self, n: int, ffn: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, ffn: int, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> None:
         super().__init__()
-        self.gate_up = Linear(n, 2 * ffn, device, dtype)
-        self.down = Linear(ffn, n, device, dtype)
+        self.gate_up = Linear(n, 2 * ffn, device, dtype, fp8=fp8)
+        self.down = Linear(ffn, n, device, dtype, fp8=fp8)
 
     def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
         gate, up = self.gate_up(x, slot).chunk(2, -1)
         return self.down(F.silu(gate) * up, slot)
 
     def narrow(
-        self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float, slot: Tensor | None = None
+        self,
+        a: Tensor,
+        squares: Tensor,
+        h: Tensor,
+        gain: Tensor,
+        eps: float,
+        seen: Tensor,
+        slot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Few rows: h + MLP(norm h), its product with the next gain, and its squares; a = h · gain of this norm."""
-        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, slot), h, gain, slot)
+        """Few rows: h + MLP(norm h), its product with the next gain, and its squares; a = h · gain of this norm.
+
+        seen [T]  keys that each row sees; one that sees none is idle
+        """
+        live = live_of(seen)
+        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, live, slot), h, gain, live, slot)
 
 
 class MoE(nn.Module):
     """Experts of which a token takes a few, and shared ones that it always takes.
 
-    gate_up [X, 2F, E] and down [X, E, F] are stacked; router [X, E] and bias [X] are fp32 whatever the dtype.
+    gate_up [X, 2F, E] and down [X, E, F] are stacked, with a shared expert that is as wide as the others behind them;
+    router [X, E] and bias [X] are fp32 whatever the dtype.
     """
 
     def __init__(self, n: int, mixture: Mixture, device: torch.device, dtype: torch.dtype) -> None:
@@ -121,28 +151,35 @@ class MoE(nn.Module):
         m = self.mixture = mixture
         self.router = parameter(m.experts, n, device=device, dtype=torch.float32)
         self.bias = parameter(m.experts, device=device, dtype=torch.float32) if m.bias else None
-        self.gate_up = parameter(m.experts, 2 * m.ffn, n, device=device, dtype=dtype)
-        self.down = parameter(m.experts, n, m.ffn, device=device, dtype=dtype)
-        self.shared = MLP(n, m.shared, device, dtype) if m.shared else None
+        self.gate_up = parameter(m.experts + m.joined, 2 * m.ffn, n, device=device, dtype=dtype)
+        self.down = parameter(m.experts + m.joined, n, m.ffn, device=device, dtype=dtype)
+        self.shared = MLP(n, m.shared, device, dtype) if m.shared and not m.joined else None
 
     def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
-        y = self._chosen(x.flatten(0, -2), None, 0.0).view_as(x)
+        y = self._chosen(x.flatten(0, -2), None, 0.0, None).view_as(x)
         return y if self.shared is None else y + self.shared(x, slot)
 
     def narrow(
-        self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float, slot: Tensor | None = None
+        self,
+        a: Tensor,
+        squares: Tensor,
+        h: Tensor,
+        gain: Tensor,
+        eps: float,
+        seen: Tensor,
+        slot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As MLP.narrow."""
-        h = h + self._chosen(a, squares, eps)
+        """As MLP.narrow; an idle row chooses no expert."""
+        h = h + self._chosen(a, squares, eps, seen)
         if self.shared is not None:
-            return self.shared.narrow(a, squares, h, gain, eps, slot)
+            return self.shared.narrow(a, squares, h, gain, eps, seen, slot)
         return h, h * gain, squared(h)
 
-    def _chosen(self, x: Tensor, squares: Tensor | None, eps: float) -> Tensor:
+    def _chosen(self, x: Tensor, squares: Tensor | None, eps: float, seen: Tensor | None) -> Tensor:
         """[T, E] → [T, E]: what the experts of each token give."""
         m = self.mixture
         ids, weights = OPS["route"](
             x, self.router, squares, self.bias, None, eps, m.active, m.groups, m.top_groups, m.sigmoid, m.renormalise,
-            m.factor,
+            m.factor, int(m.joined), seen,
         )  # fmt: skip
         return OPS["experts"](x, ids, weights, self.gate_up, self.down, squares, eps, False)[0]

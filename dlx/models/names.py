@@ -84,12 +84,14 @@ class Names(NamedTuple):
         if m.bias:
             out[bias] = Place(f"{ours}bias", 0, (m.experts,))
         gate, up, down = MLP
-        for e in range(m.experts):
-            name, row = f"{theirs}experts.{e}.", 2 * m.ffn * e
+        names = [f"{theirs}experts.{e}." for e in range(m.experts)]
+        names += [f"{theirs}shared_experts."] if m.joined else []
+        for e, name in enumerate(names):
+            row = 2 * m.ffn * e
             out[f"{name}{gate}.weight"] = Place(f"{ours}gate_up", row, (m.ffn, E))
             out[f"{name}{up}.weight"] = Place(f"{ours}gate_up", row + m.ffn, (m.ffn, E))
             out[f"{name}{down}.weight"] = Place(f"{ours}down", E * e, (E, m.ffn))
-        if m.shared:
+        if m.shared and not m.joined:
             out.update(_mlp(f"{theirs}shared_experts.", MLP, f"{ours}shared.", m.shared, E))
         return out
 

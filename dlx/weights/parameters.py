@@ -54,7 +54,7 @@ def load(
 
     places    checkpoint name → where it goes; together they cover every row of every parameter
     params    parameter name → tensor on its device
-    stacked   names of tensors that, where they are there, stand for all places of their parameter
+    stacked   names of tensors that, where they are there, stand for the first rows of their parameter
     deltas    parameter name → what adapters add to its rows, in fp32 before the cast
     finite    refuse NaN and infinities; waits for the device once a tensor
     progress  a bar on stderr; None shows one at a terminal for what takes long
@@ -71,10 +71,10 @@ def load(
 def chosen(
     places: Mapping[str, Place], stacked: Mapping[str, Place], stored: Mapping[str, Stored]
 ) -> Mapping[str, Place]:
-    """The places in which those of `stacked` that are stored stand for all others of their parameters."""
+    """The places in which those of `stacked` that are stored stand for all others of their rows."""
     there = {name: place for name, place in stacked.items() if name in stored}
-    taken = {place.param for place in there.values()}
-    return {name: place for name, place in places.items() if place.param not in taken} | there
+    taken = {place.param: place.rows for place in there.values()}  # the first rows of each
+    return {name: place for name, place in places.items() if place.row >= taken.get(place.param, 0)} | there
 
 
 def check(

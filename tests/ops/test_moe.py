@@ -113,7 +113,7 @@ def test_the_interpreted_router_is_what_the_loops_give(how: Router) -> None:
 def test_the_router_chooses_the_same_for_any_split_of_its_depth(splits: int) -> None:
     how = FAMILIES["LLaDA2"]
     args = question(how, T=18, E=96)
-    agree(launch(*args, Launch(BX=64, BE=32, splits=splits, warps=4, stages=2)), args, how)
+    agree(launch(*args, 0, None, Launch(BX=64, BE=32, splits=splits, warps=4, stages=2)), args, how)
 
 
 @each_family

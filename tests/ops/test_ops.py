@@ -31,10 +31,10 @@ ROWS = {
     "candidates_partial": ("h", *SAMPLED[:-2]),
     "candidates_combine": ("stats", "tok", "top_z", "top_i", *SAMPLED[:4], "top_k", "top_p"),
     "kv_store": ("qkv", "pos", "pages", "seen"),
-    "project": ("a", "squares"),
-    "accumulate": ("y", "h"),
+    "project": ("a", "squares", "live"),
+    "accumulate": ("y", "h", "live"),
     "positions": ("start", "open", "given"),
-    "route": ("x", "squares"),
+    "route": ("x", "squares", "live"),
     "experts": ("x", "ids", "weights", "squares"),
 }
 WHOLE = {"experts": (1,)}  # results that tell of the whole batch, by their place
@@ -270,10 +270,16 @@ def test_a_matmul_is_the_same_for_any_split_of_its_depth(kind: int, splits: int)
     config = tiles.Tiles(BN=64, BK=32, splits=splits, warps=4, stages=2)
     if kind == 2:
         args = OPS["accumulate"].cases()["few rows"]
-        check(OPS["accumulate"], args, lambda y, w, h, g, s, b: tiles.launch(2, y, w, None, h, g, 0.0, s, b, config))
+        check(
+            OPS["accumulate"], args, lambda y, w, h, g, s, b, v: tiles.launch(2, y, w, None, h, g, 0.0, s, b, v, config)
+        )
         return
     args = OPS["project"].cases()["swiglu" if kind else "plain"]
-    check(OPS["project"], args, lambda a, q, w, e, _, s, b: tiles.launch(kind, a, w, q, None, None, e, s, b, config)[0])
+    check(
+        OPS["project"],
+        args,
+        lambda a, q, w, e, _, s, b, v: tiles.launch(kind, a, w, q, None, None, e, s, b, v, config)[0],
+    )
 
 
 @pytest.mark.gpu
