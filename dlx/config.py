@@ -120,6 +120,8 @@ class Config(BaseModel):
             raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
+        if "" in self.adapters:
+            raise ConfigError("adapters has an empty name; give each a name that requests can ask for")
         if self.lora is not None and self.load_format == "dummy":
             raise ConfigError(
                 f"lora={str(self.lora)!r} cannot be merged into random weights; use adapters, or a checkpoint"

@@ -24,7 +24,7 @@ class Engine:
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
-        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len)
+        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters))
         self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
         self.lag = 1 if w.device.type == "cuda" else 0  # launches that may be unread when the next is sent
         self._ids = itertools.count()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -71,15 +72,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Output]:
         """Answer prompts, in their order.
 
         prompts  one prompt or a list: raw text, token ids, or chat messages [{"role": …, "content": …}, …]
         params   one for all, or one a prompt
+        lora     name of an adapter that the LLM was built with, for all or one a prompt; None leaves it to `params`
         Raises RequestError  before anything runs, if any prompt or its parameters are not allowed
         """
         many = _as_list(prompts)
-        each = _as_params(params, len(many))
+        each = _adapted(_as_params(params, len(many)), lora)
         engine = self.engine
         ids = [self._ids(prompt) for prompt in many]
         requests = engine.add_all(list(zip(ids, each, strict=True)))
@@ -99,16 +102,19 @@ class LLM:
                 engine.abort(id)
         return [output for output in done.values() if output is not None]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, watch: bool = False) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, watch: bool = False, lora: str | None = None
+    ) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; the last chunk holds the whole output.
 
+        lora   as in `generate`
         watch  a chunk every forward, with the window's undecided tokens: for live views, as it waits for the device
         """
         engine = self.engine
         many = _as_list(prompt)
         if len(many) != 1:
             raise RequestError(f"a stream answers one prompt, not {len(many)}; use generate, or a stream a prompt")
-        (request,) = engine.add_all([(self._ids(many[0]), _as_params(params, 1)[0])])
+        (request,) = engine.add_all([(self._ids(many[0]), _adapted(_as_params(params, 1), lora)[0])])
         inbox = self._streams[request] = deque[Chunk]()
         finished = False
         try:
@@ -172,3 +178,12 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, n: int)
     if len(params) != n:
         raise RequestError(f"{len(params)} sampling parameters for {n} prompts; pass one for all, or one a prompt")
     return list(params)
+
+
+def _adapted(params: list[SamplingParams], lora: str | Sequence[str | None] | None) -> list[SamplingParams]:
+    if lora is None:
+        return params
+    names = [lora] * len(params) if isinstance(lora, str) else list(lora)
+    if len(names) != len(params):
+        raise RequestError(f"{len(names)} adapters for {len(params)} prompts; pass one name for all, or one a prompt")
+    return [replace(p, adapter=name) for p, name in zip(params, names)]

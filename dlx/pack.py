@@ -119,6 +119,7 @@ def load(path: Path, worker: Worker) -> bool:
 def key(worker: Worker) -> Key:
     """All that decides what the compilers make of a worker's graphs, as JSON gives it back."""
     config, shapes = worker.config, worker.shapes
+    adapted = [(name, x) for name, x in worker.net.named_buffers() if ".adapters." in name]
     facts = {
         "machine": machine(worker.device),
         "torch": torch.__version__,
@@ -133,6 +134,7 @@ def key(worker: Worker) -> Key:
         "policy": worker.policy.describe(),
         "max_num_seqs": config.max_num_seqs,
         "forwards": config.forwards,
+        "adapters": sorted({f"{n.split('.', 2)[2]} {tuple(x.shape)}" for n, x in adapted}),
         "pages": {"num_pages": worker.num_pages, "page_size": shapes.S, "of a row": shapes.W},
     }
     return json.loads(json.dumps(facts))

@@ -36,6 +36,7 @@ class SamplingParams:
     max_nfe         int     denoise forwards to spend at most
     ignore_eos      bool    go on past stop ids
     stop_token_ids  ids that end the answer, besides the model's own
+    adapter         name of the LoRA adapter to answer with, of those that the engine was built with
     Raises RequestError  from `check`, if a value is outside its range
     """
 
@@ -48,6 +49,7 @@ class SamplingParams:
     max_nfe: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    adapter: str | None = None
 
     def check(self) -> None:
         """Raise RequestError for the first value that is outside its range."""
@@ -71,6 +73,8 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r} is not allowed; pass a tuple of ids")
         for stop in self.stop_token_ids:
             _integer("stop_token_ids", stop, 0, 2**31 - 1)
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise RequestError(f"adapter={self.adapter!r} is not a name; pass one of the engine's adapters, or None")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

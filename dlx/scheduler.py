@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dlx.errors import RequestError
@@ -46,7 +47,10 @@ class Reply(NamedTuple):
 class Scheduler:
     """Slots, pages and the queue: requests are admitted as they came, once a slot and all their pages are free."""
 
-    def __init__(self, policy: Policy, card: Card, shapes: Shapes, pool: PagePool, max_len: int) -> None:
+    def __init__(
+        self, policy: Policy, card: Card, shapes: Shapes, pool: PagePool, max_len: int, adapters: Sequence[str] = ()
+    ) -> None:
+        self.adapters = ("", *adapters)  # by slot
         self.policy, self.card, self.shapes, self.pool, self.max_len = policy, card, shapes, pool, max_len
         assert policy.L is not None, "bind() gives a policy its block length"
         self.L = policy.L
@@ -136,6 +140,9 @@ class Scheduler:
         end = len(request.prompt) + request.params.max_tokens
         return -(-(-(-end // self.L) * self.L) // self.shapes.S)
 
+    def _lora(self, request: Request) -> int:
+        return self.adapters.index(request.params.adapter or "")
+
     def _start(self, prompt: list[int]) -> int:
         """Where the window begins: with the first incomplete block. Where the first token of a block is read off the
         position before, not right behind the prompt: then the prompt's last block is looked at once more."""
@@ -143,9 +150,10 @@ class Scheduler:
 
     def _chunks(self, request: Request) -> list[Stretch]:
         prompt, end, most = request.prompt, self._start(request.prompt), self.shapes.tokens[-1]
+        lora = self._lora(request)
         if self.policy.full:  # in one piece; what is in the window is computed there too, so without more there is none
-            return [Stretch(prompt, 0, request.pages, len(prompt))] if end else []
-        return [Stretch(prompt[at : min(at + most, end)], at, request.pages) for at in range(0, end, most)]
+            return [Stretch(prompt, 0, request.pages, len(prompt), lora)] if end else []
+        return [Stretch(prompt[at : min(at + most, end)], at, request.pages, lora=lora) for at in range(0, end, most)]
 
     def _row(self, request: Request) -> Row:
         p, start = request.params, self._start(request.prompt)
@@ -164,12 +172,16 @@ class Scheduler:
             ints=(len(request.prompt) + p.max_tokens, p.max_nfe or 2**31 - 1, int(p.ignore_eos)),
             stops=stops,
             seed=random.getrandbits(62) if p.seed is None else p.seed,
+            lora=self._lora(request),
         )
 
     def check(self, request: Request) -> None:
         """Raise RequestError for what can never run, before it is queued."""
         request.params.check()
         prompt, params, card = request.prompt, request.params, self.card
+        if params.adapter is not None and params.adapter not in self.adapters[1:]:
+            known = ", ".join(self.adapters[1:]) or "none: build it with adapters={name: folder}"
+            raise RequestError(f"adapter={params.adapter!r} is not one that the engine was built with ({known})")
         if not prompt:
             raise RequestError("the prompt is empty; pass at least one token")
         for at, tok in enumerate(prompt):

@@ -159,18 +159,19 @@ class Worker:
         kind, config = family(self.card.arch), self.config
         places = kind.places(self.card)
         deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
-        net = kind.build(self.card, self.device, self.config.torch_dtype)
+        adapters = [weights.Adapter.open(path, places) for path in config.adapters.values()]
+        net = kind.build(self.card, self.device, config.torch_dtype)
         params = dict(net.named_parameters())
-        if self.config.load_format == "dummy":
-            weights.random(params, self.config.seed)
-        else:
-            try:
-                where = weights.layout(raw, places, params)
-                stacked, finite = kind.stacked(self.card), config.check_weights
-                weights.load(config.model, where, params, stacked, deltas=deltas, finite=finite)
-            except BaseException:
-                weights.release(params)
-                raise
+        try:
+            if config.load_format == "dummy":
+                weights.random(params, config.seed)
+            else:
+                where, stacked = weights.layout(raw, places, params), kind.stacked(self.card)
+                weights.load(config.model, where, params, stacked, deltas=deltas, finite=config.check_weights)
+            weights.install(net, adapters, places)
+        except BaseException:
+            weights.release(params)
+            raise
         return net
 
     def _pages_that_fit(self) -> int:

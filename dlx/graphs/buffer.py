@@ -32,6 +32,7 @@ class BlockBuffer(NamedTuple):
     seed: Tensor  # [B]               int64  key of the draws
     age: Tensor  # [B]               int32  denoise forwards so far
     done: Tensor  # [B]               bool   the row is inert: writes no K/V, commits nothing
+    lora: Tensor  # [B]               int32  adapter slot; 0 is none
     last: Tensor  # [B, E or 0]       final hidden state before `start`, where a token is read off the position before
 
 
@@ -57,6 +58,7 @@ class Row(NamedTuple):
     ints: tuple[int, ...]
     stops: list[int]
     seed: int
+    lora: int = 0
 
 
 def allocate(
@@ -80,6 +82,7 @@ def allocate(
         seed=zeros(B, dtype=torch.int64),
         age=zeros(B),
         done=torch.ones(B, dtype=torch.bool, device=device),
+        lora=zeros(B),
         last=zeros(B, E, dtype=dtype),
     )
 
@@ -90,20 +93,20 @@ def rows(buf: BlockBuffer, B: int) -> BlockBuffer:
 
 
 def pack(row: Row, L: int, W: int, stops: int) -> Tensor:
-    """Row → int32 [2 + L + W + len(NUMBERS) + len(COUNTS) + stops + 2], floats and seed as their bits."""
+    """Row → int32 [3 + L + W + len(NUMBERS) + len(COUNTS) + stops + 2], floats and seed as their bits."""
     given = torch.tensor(row.tok + [0] * (L - len(row.tok)), dtype=torch.int32)
     pages = torch.tensor(row.pages + [0] * (W - len(row.pages)), dtype=torch.int32)
     ends = torch.tensor(row.stops + [-1] * (stops - len(row.stops)), dtype=torch.int32)
     num = torch.tensor(row.num, dtype=torch.float32).view(torch.int32)
     seed = torch.tensor([row.seed], dtype=torch.int64).view(torch.int32)
-    head = torch.tensor([row.start, len(row.tok), *row.ints], dtype=torch.int32)
+    head = torch.tensor([row.start, len(row.tok), row.lora, *row.ints], dtype=torch.int32)
     return torch.cat((head, num, seed, given, pages, ends))
 
 
 def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
     """Write one packed row [·] int32, already on the device, into `slot`; no host sync."""
     _, places, L = buf.tok.shape
-    sizes = (2, len(COUNTS), len(NUMBERS), 2, L, buf.pages.shape[1], buf.stops.shape[1])
+    sizes = (3, len(COUNTS), len(NUMBERS), 2, L, buf.pages.shape[1], buf.stops.shape[1])
     head, ints, num, seed, given, pages, stops = packed.split(sizes)
     held = torch.arange(L, device=packed.device) < head[1]
     buf.tok[slot].fill_(mask)
@@ -121,4 +124,5 @@ def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
     buf.stops[slot].copy_(stops)
     buf.seed[slot].copy_(seed.clone().view(torch.int64)[0])  # the clone aligns the bits for an int64 view
     buf.age[slot].fill_(0)
+    buf.lora[slot].copy_(head[2])
     buf.done[slot].fill_(False)

@@ -51,15 +51,16 @@ class Every(NamedTuple):
     pos: Tensor  # [B, places · L]  int32
     seen: Tensor  # [B, places · L]  int32
     pages: Tensor  # [B, W]           int32
+    lora: Tensor  # [B]              int32
 
     @staticmethod
     def of(buf: BlockBuffer, taken: Tensor, given: Tensor | None) -> Every:
         _, places, L = buf.tok.shape
         pos, seen = OPS["positions"](buf.start, taken, L, places, given)
-        return Every(pos, seen, buf.pages)
+        return Every(pos, seen, buf.pages, buf.lora)
 
     def view(self) -> View:
-        return View(self.pos, self.pages, self.seen)
+        return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
         """[B, places, L] → [B, places · L]"""
@@ -79,6 +80,7 @@ class Packed(NamedTuple):
     row: Tensor  # [seats]     int64  whose block sits there
     place: Tensor  # [seats]     int64  and which
     seat: Tensor  # [B, places] int64  where a block sits; anywhere for one that does not
+    lora: Tensor  # [seats]     int32
 
     @staticmethod
     def of(buf: BlockBuffer, taken: Tensor, room: int, given: Tensor | None = None) -> Packed:
@@ -93,10 +95,11 @@ class Packed(NamedTuple):
         used = here.any(1)
         given = None if given is None else torch.where(used, given[row], 0)
         pos, seen = OPS["positions"](start, used.int(), L, 1, given)
-        return Packed(pos, seen, buf.pages[row], row, place, (at - 1).clamp(0, room - 1).view(B, places))
+        at = (at - 1).clamp(0, room - 1).view(B, places)
+        return Packed(pos, seen, buf.pages[row], row, place, at, buf.lora[row])
 
     def view(self) -> View:
-        return View(self.pos, self.pages, self.seen)
+        return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
         """[B, places, L] → [seats, L]"""

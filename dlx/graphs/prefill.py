@@ -26,6 +26,7 @@ class Stretch(NamedTuple):
     start: int
     pages: list[int]
     end: int = 0  # where a prompt ends that sees itself whole; 0 is block-causal
+    lora: int = 0  # adapter slot; 0 is none
 
 
 class Prompt(NamedTuple):
@@ -35,12 +36,13 @@ class Prompt(NamedTuple):
     start: Tensor  # [R]    int32  absolute position of tok[r, 0]; a multiple of L
     n: Tensor  # [R]    int32  valid positions; the rest is padding
     end: Tensor  # [R]    int32  as in Stretch
+    lora: Tensor  # [R]    int32  as in Stretch
     pages: Tensor  # [R, W] int32
 
 
 def blank(R: int, C: int, W: int, device: torch.device) -> Prompt:
     """Stretches of nothing."""
-    shapes = ((R, C), (R,), (R,), (R,), (R, W))
+    shapes = ((R, C), (R,), (R,), (R,), (R,), (R, W))
     return Prompt(*(torch.zeros(*s, dtype=torch.int32, device=device) for s in shapes))
 
 
@@ -50,12 +52,12 @@ def batches(chunks: Iterable[Stretch], C: int, most: int) -> Iterator[list[Stret
     A prompt that sees itself whole stays together, for each layer takes all of the one below.
     """
     batch: list[Stretch] = []
-    for tok, start, pages, end in chunks:
+    for tok, start, pages, end, lora in chunks:
         if end and batch and len(batch) + -(-len(tok) // C) > most:
             yield batch
             batch = []
         for at in range(0, len(tok), C):
-            batch.append(Stretch(tok[at : at + C], start + at, pages, end))
+            batch.append(Stretch(tok[at : at + C], start + at, pages, end, lora))
             if len(batch) == most:
                 yield batch
                 batch = []
@@ -64,20 +66,21 @@ def batches(chunks: Iterable[Stretch], C: int, most: int) -> Iterator[list[Stret
 
 
 def pack(stretches: list[Stretch], R: int, C: int, W: int) -> Tensor:
-    """Up to R stretches as int32 [R, 3 + W + C]; those that are left over are empty."""
+    """Up to R stretches as int32 [R, 4 + W + C]; those that are left over are empty."""
     rows = [
-        [s.start, len(s.tok), s.end, *s.pages, *[0] * (W - len(s.pages)), *s.tok, *[0] * (C - len(s.tok))]
+        [s.start, len(s.tok), s.end, s.lora, *s.pages, *[0] * (W - len(s.pages)), *s.tok, *[0] * (C - len(s.tok))]
         for s in stretches
     ]
-    return torch.tensor(rows + [[0] * (3 + W + C)] * (R - len(rows)), dtype=torch.int32)
+    return torch.tensor(rows + [[0] * (4 + W + C)] * (R - len(rows)), dtype=torch.int32)
 
 
 def fill_(prompt: Prompt, packed: Tensor) -> None:
     """Write packed stretches, already on the device, into the graph's inputs; no host sync."""
-    head, pages, tok = packed.split((3, prompt.pages.shape[1], prompt.tok.shape[1]), 1)
+    head, pages, tok = packed.split((4, prompt.pages.shape[1], prompt.tok.shape[1]), 1)
     prompt.start.copy_(head[:, 0])
     prompt.n.copy_(head[:, 1])
     prompt.end.copy_(head[:, 2])
+    prompt.lora.copy_(head[:, 3])
     prompt.pages.copy_(pages)
     prompt.tok.copy_(tok)
 
@@ -88,4 +91,4 @@ def prefill_(L: int, net: Network, prompt: Prompt, kv: tuple[Tensor, ...]) -> No
     kv  one tensor a layer [2, P, S, G, D]; written
     """
     pos, seen = OPS["positions"](prompt.start, prompt.n // L, L, prompt.tok.shape[1] // L, prompt.end)
-    net.forward(net.embed(prompt.tok), View(pos, prompt.pages, seen), kv)
+    net.forward(net.embed(prompt.tok), View(pos, prompt.pages, seen, lora=prompt.lora), kv)

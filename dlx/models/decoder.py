@@ -69,22 +69,24 @@ class Decoder(nn.Module):
         h, squares = x.flatten(0, 1), squared(x.flatten(0, 1))
         gains = [gain for layer in self.layers for gain in (layer.attn_norm.weight, layer.mlp_norm.weight)]
         gain = iter([*gains[1:], self.norm.weight])
+        slot = None if view.lora is None else view.lora[:, None].expand(B, C).flatten()
         a, seen = h * gains[0], view.seen.flatten()
         live = None  # of the first matmul: it may start before `seen` is written
         for layer, pages in zip(self.layers, kv, strict=True):
             attn = layer.attn
-            qkv = attn.qkv.project(a, squares, self.eps, live=live)
+            qkv = attn.qkv.project(a, squares, self.eps, live=live, slot=slot)
             live = live_of(seen)
             y = attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
-            h, a, squares = attn.out.accumulate(y, h, next(gain), live)
-            h, a, squares = layer.mlp.narrow(a, squares, h, next(gain), self.eps, seen)
+            h, a, squares = attn.out.accumulate(y, h, next(gain), live, slot)
+            h, a, squares = layer.mlp.narrow(a, squares, h, next(gain), self.eps, seen, slot)
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
         return (a.float() * scale).to(x.dtype).unflatten(0, (B, C))
 
     def _wide(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
         """Many rows: matmuls by cuBLAS, what is between them by Inductor."""
+        slot = None if view.lora is None else view.lora[:, None]
         for layer, pages in zip(self.layers, kv, strict=True):
-            y = layer.attn(layer.attn.qkv(layer.attn_norm(x)), view, self.frequencies, pages)
-            x = x + layer.attn.out(y)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            y = layer.attn(layer.attn.qkv(layer.attn_norm(x), slot), view, self.frequencies, pages)
+            x = x + layer.attn.out(y, slot)
+            x = x + layer.mlp(layer.mlp_norm(x), slot)
         return self.norm(x)

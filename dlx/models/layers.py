@@ -21,10 +21,37 @@ def live_of(seen: Tensor) -> Tensor | None:
     return seen if len(seen) > 32 else None
 
 
+class LowRank(nn.Module):
+    """What adapters add to a matrix, each to the rows that chose it; slot 0 adds nothing.
+
+        y[t] = Σ x[t] · a[r]ᵀ · b[r]   over the R ranks r of the slot of row t
+
+    a [S·R, in], b [S·R, out]: slots 1 to S, their ranks padded with zeros to the same R. All slots are computed and the
+    others' ranks left out, so shapes are static and a matmul takes every row.
+    """
+
+    a: Tensor
+    b: Tensor
+    slots: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, S: int) -> None:
+        super().__init__()
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+        of = torch.arange(1, S + 1, dtype=torch.int32, device=a.device).repeat_interleave(len(a) // S)
+        self.register_buffer("slots", of, persistent=False)
+
+    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        """x [..., in], slot [...] int32 (its axes may be 1) → [..., out]."""
+        assert slot is not None, "a network with adapters must be told whose rows it computes"
+        return torch.where(slot[..., None] == self.slots, F.linear(x, self.a), 0.0) @ self.b
+
+
 class Linear(nn.Module):
     """x [..., in] → x · weightᵀ (+ bias) [..., out]; weight [out, in], bias [out] if there is one.
 
-    fp8: the weight is e4m3, and a row of it stands for weight · scale, scale [out] f32.
+    fp8: the weight is e4m3, and a row of it stands for weight · scale, scale [out] f32. With `adapters` each row of x
+    adds what its slot says; only then does a call need `slot`.
     """
 
     def __init__(
@@ -34,23 +61,38 @@ class Linear(nn.Module):
         self.weight = parameter(n_out, n_in, device=device, dtype=torch.float8_e4m3fn if fp8 else dtype)
         self.scale = parameter(n_out, device=device, dtype=torch.float32) if fp8 else None
         self.bias = parameter(n_out, device=device, dtype=dtype) if bias else None
+        self.adapters: LowRank | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
         weight = self.weight
         if self.scale is not None:
             weight = (weight.float() * self.scale[:, None]).to(x.dtype)
-        return F.linear(x, weight, self.bias)
+        y = F.linear(x, weight, self.bias)
+        return y if self.adapters is None else y + self.adapters(x, slot)
 
     def project(
-        self, a: Tensor, squares: Tensor, eps: float, swiglu: bool = False, live: Tensor | None = None
+        self,
+        a: Tensor,
+        squares: Tensor,
+        eps: float,
+        swiglu: bool = False,
+        live: Tensor | None = None,
+        slot: Tensor | None = None,
     ) -> Tensor:
-        """The op of that name, for few rows."""
-        return OPS["project"](a, squares, self.weight, eps, swiglu, self.scale, self.bias, live)
+        """The op of that name, for few rows; adapters see what the matrix sees, and come before SwiGLU."""
+        alone = self.adapters is None
+        y = OPS["project"](a, squares, self.weight, eps, swiglu and alone, self.scale, self.bias, live)
+        if self.adapters is None:
+            return y
+        y = y + self.adapters((a * torch.rsqrt(squares.sum(1, keepdim=True) / a.shape[1] + eps)).to(a.dtype), slot)
+        return F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if swiglu else y
 
     def accumulate(
-        self, y: Tensor, h: Tensor, gain: Tensor, live: Tensor | None = None
+        self, y: Tensor, h: Tensor, gain: Tensor, live: Tensor | None = None, slot: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The op of that name, for few rows."""
+        if self.adapters is not None:
+            h = h + self.adapters(y, slot)
         return OPS["accumulate"](y, self.weight, h, gain, self.scale, self.bias, live)
 
 
@@ -75,19 +117,26 @@ class MLP(nn.Module):
         self.gate_up = Linear(n, 2 * ffn, device, dtype, fp8=fp8)
         self.down = Linear(ffn, n, device, dtype, fp8=fp8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
+        gate, up = self.gate_up(x, slot).chunk(2, -1)
+        return self.down(F.silu(gate) * up, slot)
 
     def narrow(
-        self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float, seen: Tensor
+        self,
+        a: Tensor,
+        squares: Tensor,
+        h: Tensor,
+        gain: Tensor,
+        eps: float,
+        seen: Tensor,
+        slot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Few rows: h + MLP(norm h), its product with the next gain, and its squares; a = h · gain of this norm.
 
         seen [T]  keys that each row sees; one that sees none is idle
         """
         live = live_of(seen)
-        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, live), h, gain, live)
+        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, live, slot), h, gain, live, slot)
 
 
 class MoE(nn.Module):
@@ -109,17 +158,24 @@ class MoE(nn.Module):
         self.down_scale = parameter(X, n, device=device, dtype=torch.float32) if fp8 else None
         self.shared = MLP(n, m.shared, device, dtype, fp8) if m.shared and not m.joined else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
         y = self._chosen(x.flatten(0, -2), None, 0.0, None).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y + self.shared(x, slot)
 
     def narrow(
-        self, a: Tensor, squares: Tensor, h: Tensor, gain: Tensor, eps: float, seen: Tensor
+        self,
+        a: Tensor,
+        squares: Tensor,
+        h: Tensor,
+        gain: Tensor,
+        eps: float,
+        seen: Tensor,
+        slot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As MLP.narrow; an idle row chooses no expert."""
         h = h + self._chosen(a, squares, eps, seen)
         if self.shared is not None:
-            return self.shared.narrow(a, squares, h, gain, eps, seen)
+            return self.shared.narrow(a, squares, h, gain, eps, seen, slot)
         return h, h * gain, squared(h)
 
     def _chosen(self, x: Tensor, squares: Tensor | None, eps: float, seen: Tensor | None) -> Tensor:

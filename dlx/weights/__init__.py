@@ -5,7 +5,7 @@ Nothing of a checkpoint is executed: pickles are refused, and `auto_map` is not 
 
 from __future__ import annotations
 
-from dlx.weights.adapter import Adapter
+from dlx.weights.adapter import Adapter, install
 from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
 from dlx.weights.fp8 import FP8
 from dlx.weights.hub import fetched
@@ -27,6 +27,7 @@ __all__ = [
     "fill",
     "index",
     "inside",
+    "install",
     "layout",
     "load",
     "random",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import nn
+
 from dlx.errors import ModelError
 from dlx.models.card import Place
+from dlx.models.layers import Linear, LowRank
 from dlx.weights.files import Json, Stored, headers, inside, listed, opened, read, read_json
 from dlx.weights.parameters import FLOATS, Delta
 
@@ -80,12 +84,14 @@ class Adapter(NamedTuple):
                 pairs[module] = Pair(factors["A"], factors["B"], _scale(config, module))
         if wrong:
             raise ModelError(f"{path} does not suit the model: {listed(wrong, '; ')}. Name an adapter of this model")
-        idle = [target for target in _targets(config) if not any(_matches(target, module) for module in pairs)]
-        if idle or not pairs:
-            raise ModelError(
-                f"{folder / CONFIG}: target_modules has {listed(idle) or 'nothing'}, which {WEIGHTS} adapts nowhere; "
-                "name an adapter of this model"
-            )
+        targets = _targets(config)
+        idle = [target for target in targets if not any(_matches(target, module) for module in pairs)]
+        stray = [module for module in pairs if not any(_matches(target, module) for target in targets)]
+        if idle or stray or not pairs:
+            fault = f"target_modules has {listed(idle)}, which matches nothing that {WEIGHTS} adapts"
+            if not idle:
+                fault = f"target_modules has nothing for {listed(stray) or 'any matrix'}, which {WEIGHTS} adapts"
+            raise ModelError(f"{folder / CONFIG}: {fault}; the two files must be of one adapter")
         return Adapter(folder, pairs)
 
     def deltas(self, places: Mapping[str, Place]) -> dict[str, list[Delta]]:
@@ -99,6 +105,33 @@ class Adapter(NamedTuple):
                 a, b = (read(path, shard, names[module, factor]).clone() for factor in "AB")
                 out.setdefault(place.param, []).append(Delta(place.row, a, b, pair.scale))
         return out
+
+
+def install(net: nn.Module, adapters: Sequence[Adapter], places: Mapping[str, Place]) -> None:
+    """Give the linear layers of a network the factors of adapters, which get slots from 1 on in their order.
+
+    Parts of a fused matrix (q, k, v) have ranks of their own, so their factors lie behind one another.
+    Raises ModelError  for a matrix that is no linear layer: the head, an expert, a router
+    """
+    every = [adapter.deltas(places) for adapter in adapters]
+    for param in dict.fromkeys(param for deltas in every for param in deltas):
+        of = [deltas.get(param, []) for deltas in every]
+        layer = dict(net.named_modules()).get(param.removesuffix(".weight"))
+        if not isinstance(layer, Linear):
+            who = adapters[next(i for i, deltas in enumerate(of) if deltas)].folder
+            raise ModelError(f"{who} adapts {param}, which only merged adapters can; use lora={str(who)!r}")
+        rows = sorted({delta.row for deltas in of for delta in deltas})
+        R = max(len(delta.a) for deltas in of for delta in deltas)
+        n_out, n_in = layer.weight.shape
+        a, b = torch.zeros(len(of), len(rows), R, n_in), torch.zeros(len(of), len(rows), R, n_out)
+        for slot, deltas in enumerate(of):
+            for row, low, high, scale in deltas:
+                at, r = rows.index(row), len(low)
+                a[slot, at, :r] = low
+                b[slot, at, :r, row : row + len(high)] = scale * high.float().T
+        like = next(x for x in net.parameters() if x.dtype in (torch.float32, torch.bfloat16))
+        a, b = (x.flatten(0, 2).to(layer.weight.device, like.dtype) for x in (a, b))
+        layer.adapters = LowRank(a, b, len(of))
 
 
 def _refuse(path: Path, config: Json) -> None:

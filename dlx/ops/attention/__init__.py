@@ -38,11 +38,12 @@ __all__ = ["Launch", "View", "attention", "choose", "kernel", "launch", "referen
 
 
 class View(NamedTuple):
-    """All that attention knows of a forward: where its positions are and what they see."""
+    """What a network knows of a forward: where its positions are and what they see; whose adapter a row takes."""
 
     pos: Tensor  # [B, C]  int32  absolute positions
     pages: Tensor  # [B, W]  int32
     seen: Tensor  # [B, C]  int32  leading keys a position sees, itself among them; 0 takes no part and is not stored
+    lora: Tensor | None = None  # [B]  int32  adapter slot, 0 is none; attention does not read it
 
 
 def fake(
