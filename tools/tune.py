@@ -100,12 +100,15 @@ def with_config(answers: dict[tuple[str, tuple[int, ...]], Any]) -> Callable[[As
 
 
 def neighbours(config: Any, field: str) -> list[Any]:
-    """The configurations that differ in one field, near ones first."""
+    """The configurations that differ in one field, near ones first; other `programs` also with the memory shared out."""
     value = getattr(config, field)
     if isinstance(value, bool):
         return [config._replace(**{field: not value})]
     values = VALUES.get(field) or [n for n in (value // 2, value * 2) if n >= 1]
-    return [config._replace(**{field: n}) for n in sorted(values, key=lambda n: abs(n - value)) if n != value]
+    some = [config._replace(**{field: n}) for n in sorted(values, key=lambda n: abs(n - value)) if n != value]
+    if field == "programs":  # of a processor: fewer may each have a longer pipeline
+        some += [c._replace(stages=n) for c in some if 1 <= (n := config.stages * value // c.programs - 1) <= 8]
+    return some
 
 
 def search(ask: Ask, took: Callable[[Any], float], deadline: float) -> tuple[Any, dict[Any, float]]:

@@ -96,12 +96,12 @@ def test_the_shapes_are_those_of_the_configs(name: str) -> None:
     )
 
 
-def test_a_dense_model_has_four_matmuls_a_layer_and_a_mixture_its_shared_ones() -> None:
+def test_a_dense_model_has_four_matmuls_a_layer_and_a_mixture_those_of_its_dense_layers() -> None:
     assert [(m.name, m.N, m.K, m.layers) for m in matmuls(SHAPES["sdar-8b"])] == [
         ("qkv", 6144, 4096, 36), ("out", 4096, 4096, 36), ("gate_up", 24576, 4096, 36), ("down", 4096, 12288, 36),
     ]  # fmt: skip
     assert [(m.name, m.layers) for m in matmuls(SHAPES["llada2-mini"])] == [
-        ("qkv", 20), ("out", 20), ("gate_up", 1), ("down", 1), ("shared gate_up", 19), ("shared down", 19),
+        ("qkv", 20), ("out", 20), ("gate_up", 1), ("down", 1),
     ]  # fmt: skip
     assert [m.name for m in matmuls(SHAPES["sdar-30b-a3b"])] == ["qkv", "out"]
 

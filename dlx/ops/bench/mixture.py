@@ -44,18 +44,20 @@ def _route(mix: Experts, E: int, T: int, device: torch.device) -> Built:
 
 def how(
     mix: Experts, device: torch.device
-) -> tuple[None, Tensor | None, None, float, int, int, int, bool, bool, float]:
+) -> tuple[None, Tensor | None, None, float, int, int, int, bool, bool, float, int]:
     """What `route` is told after x and the router's weight."""
     bias = torch.zeros(mix.X, device=device) if mix.sigmoid else None
-    return None, bias, None, 1e-6, mix.K, mix.groups, mix.top_groups, mix.sigmoid, True, mix.scaling
+    return None, bias, None, 1e-6, mix.K, mix.groups, mix.top_groups, mix.sigmoid, True, mix.scaling, mix.shared
 
 
 def _experts(mix: Experts, E: int, T: int, device: torch.device) -> Built:
     """Tokens choose experts at random, all alike: the most distinct experts that there can be expected."""
-    X, K, wide = mix.X, mix.K, mix.F
+    X, K, wide = mix.X + mix.shared, mix.K + mix.shared, mix.F
     n = copies(6 * min(X, T * K) * wide * E)
     x = normal(device, T, E)
-    chosen = torch.rand(n, T, X, device=device).argsort(-1)[..., :K].int().contiguous()
+    chosen = torch.rand(n, T, mix.X, device=device).argsort(-1)[..., : mix.K].int()
+    always = torch.arange(mix.X, X, device=device, dtype=torch.int32).expand(n, T, -1)
+    chosen = torch.cat([chosen, always], -1).contiguous()
     weights = torch.full((T, K), 1 / K, device=device)
     up = [normal(device, X, 2 * wide, E, scale=E**-0.5) for _ in range(n)]
     down = [normal(device, X, E, wide, scale=wide**-0.5) for _ in range(n)]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Experts(NamedTuple):
-    """A mixture: X experts of width F, K of them a token; `shared` run for every token."""
+    """A mixture: X experts of width F, K of them a token; `shared` more, as wide, for every token."""
 
     X: int
     K: int
@@ -60,7 +60,7 @@ SHAPES = {
 
 
 def matmuls(shape: Shape) -> list[Matmul]:
-    """The matmuls of a layer that every token goes through: qkv, out, and gate_up and down of dense or shared MLPs."""
+    """The matmuls of a layer: qkv, out, and gate_up and down of a dense MLP. A shared expert is among the experts."""
     E, F, layers, mix = shape.E, shape.F, shape.layers, shape.experts
     found = [
         Matmul("qkv", (shape.H + 2 * shape.G) * shape.D, E, layers),
@@ -69,10 +69,4 @@ def matmuls(shape: Shape) -> list[Matmul]:
     dense = mix.dense_layers if mix else layers
     if dense:
         found += [Matmul("gate_up", 2 * F, E, dense), Matmul("down", E, F, dense)]
-    if mix and mix.shared:
-        wide = mix.shared * mix.F
-        found += [
-            Matmul("shared gate_up", 2 * wide, E, layers - dense),
-            Matmul("shared down", E, wide, layers - dense),
-        ]
     return found
