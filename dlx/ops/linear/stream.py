@@ -82,6 +82,12 @@ def _linear_stream(
     w = gl.allocate_shared_memory(w_desc.dtype, [STAGES * NACC, SUB, BK], w_desc.layout)
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * HALVES, BT, BK], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    both = False  # whether a position of the second half is live
+    if HALVES == 2:  # loads of one number each: a reduction would cost more than it saves
+        both = gl.load(live_ptr + deep * BT * 2 + BT, mask=deep * BT * 2 + BT < T, other=0) > 0
+        for i in gl.static_range(1, BT):
+            row = deep * BT * 2 + BT + i
+            both = both | (gl.load(live_ptr + row, mask=row < T, other=0) > 0)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -89,18 +95,13 @@ def _linear_stream(
             row = tile * SUB + j * (N // 2)
             into = w.index(i * NACC + j)
             tma.async_copy_global_to_shared(w_desc, [row, first + i * BK], full.index(i), into, i < count)
-    both = False  # whether a position of the second half is live
-    if HALVES == 2:
-        later = gl.load(live_ptr + t + BT, mask=t + BT < T, other=0)
-        both = gl.max((later > 0).to(gl.int32), 0) > 0
-    for i in gl.static_range(STAGES):
-        _expect(full.index(i), i < count, both, BYTES, X_BYTES, HALVES)
     gain = n
     if KIND == 2:
         gain = gl.load(gain_ptr + n, mask=n < N, other=0.0)
     if PDL:
         gdc_wait()
     for i in gl.static_range(STAGES):
+        _expect(full.index(i), i < count, both, BYTES, X_BYTES, HALVES)
         _fetch(x_desc, deep, first + i * BK, full.index(i), x, i, i < count, both, BT, HALVES)
     h, norm, alive = before(squares_ptr, live_ptr, h_ptr, t, n, T, N, K, PARTS, eps, BT, BP, KIND, LIVE, NORM, FLAT)
     h1 = h
