@@ -55,6 +55,7 @@ def load(
     places: Mapping[str, Place],
     params: Mapping[str, Tensor],
     stacked: Mapping[str, Place] | None = None,
+    skipped: tuple[str, ...] = (),
 ) -> None:
     """Fill `params` in place from the safetensors of a checkpoint folder.
 
@@ -64,6 +65,7 @@ def load(
     places  checkpoint name → where it goes; together they cover every row of every parameter
     params  parameter name → tensor on its device
     stacked names of tensors that, where they are there, stand for all places of their parameter
+    skipped how the names of tensors begin that are not loaded
     Work    linear in the number of tensors; holds one checkpoint tensor beside the parameters
     Raises ModelError  no weights, pickle weights, a damaged or missing shard; missing, extra, misshapen or
                        non-float tensors, each named
@@ -76,7 +78,7 @@ def load(
         shards = [(path, stack.enter_context(_open(path))) for path in _shards(_folder(folder))]
         names = {name for _, shard in shards for name in shard.keys()}  # noqa: SIM118 (a shard is no mapping)
         places = _with(places, {name: place for name, place in (stacked or {}).items() if name in names})
-        found = _check(folder, places, shards)
+        found = _check(folder, places, shards, skipped)
         for name, (path, shard) in found.items():
             place = places[name]
             with torch.no_grad():
@@ -168,7 +170,7 @@ def _read(path: Path, shard: Shard, name: str) -> Tensor:
 
 
 def _check(
-    folder: str | Path, places: Mapping[str, Place], shards: list[tuple[Path, Shard]]
+    folder: str | Path, places: Mapping[str, Place], shards: list[tuple[Path, Shard]], skipped: tuple[str, ...]
 ) -> dict[str, tuple[Path, Shard]]:
     """Each wanted tensor → its shard; raises one ModelError that names all that is wrong."""
     found: dict[str, tuple[Path, Shard]] = {}
@@ -176,7 +178,7 @@ def _check(
     for path, shard in shards:
         for name in shard.keys():  # noqa: SIM118 (a shard is no mapping: it cannot be iterated)
             if name not in places:
-                if name not in SPARE:
+                if name not in SPARE and not name.startswith(skipped):
                     wrong.append(f"{name} is extra (in {path.name}; the network has no such tensor)")
             elif name in found:
                 wrong.append(f"{name} is twice there (in {found[name][0].name} and {path.name})")

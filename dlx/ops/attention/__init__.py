@@ -43,6 +43,7 @@ class View(NamedTuple):
     pos: Tensor  # [B, C]  int32  absolute positions
     pages: Tensor  # [B, W]  int32
     seen: Tensor  # [B, C]  int32  leading keys a position sees, itself among them; 0 takes no part and is not stored
+    encode: Tensor | None = None  # [B]     bool   DiffusionGemma: rows of committed tokens, not of a canvas; None: all
 
 
 def fake(

@@ -176,17 +176,21 @@ def drawn(z: Tensor, ids: Tensor, temp: Tensor, seed: Tensor, pos: Tensor, age: 
 
 def gumbel(ids: Tensor, seed: Tensor, pos: Tensor, age: Tensor) -> Tensor:
     """[T, n] f32 Gumbel noise of ids [n] or [T, n]: Philox4x32-10, keyed by `seed`, counted by (token, pos, age)."""
+    counter = (ids.long().expand(seed.shape[0], -1), pos.long()[:, None], age.long()[:, None], 0)
+    u = ((philox(counter, seed[:, None]) >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
+    return -torch.log(-torch.log(u))
+
+
+def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> Tensor:
+    """The first of Philox4x32-10's four words, int64 from 0 to 2³² − 1: four counter words keyed by `seed` int64.
+
+    The words are token, position, forward and stream: 0 for the noise of draws, 1 for a canvas' random tokens.
+    """
     low32 = 0xFFFFFFFF
-    c = [
-        ids.long().expand(seed.shape[0], -1),
-        pos.long()[:, None],
-        age.long()[:, None],
-        torch.zeros_like(seed)[:, None],
-    ]
-    k0, k1 = (seed & low32)[:, None], (seed >> 32 & low32)[:, None]
+    c = list(counter)
+    k0, k1 = seed & low32, seed >> 32 & low32
     for _ in range(10):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
         c = [(b >> 32 & low32) ^ c[1] ^ k0, b & low32, (a >> 32 & low32) ^ c[3] ^ k1, a & low32]
         k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    u = ((c[0] >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
-    return -torch.log(-torch.log(u))
+    return torch.as_tensor(c[0])
