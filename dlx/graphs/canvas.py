@@ -1,4 +1,4 @@
-"""One step of a canvas, whole: look, think, decide, commit. A block of random tokens that are drawn anew until they fit.
+"""One step of a canvas, whole: look, think, decide, commit. Its tokens are random, and drawn anew until they fit.
 
 A row is a prefix and one canvas of L positions behind it, wherever the prompt ends. In a forward a row does one of two:
 
@@ -10,8 +10,8 @@ A row is a prefix and one canvas of L positions behind it, wherever the prompt e
 
 Both write the K/V of what they look at and attend to pages: what a decoding canvas wrote is overwritten.
 
-Of the Block Buffer, place 0 of `tok` is the canvas, place 1 its likeliest tokens of the forward before (masks before the
-first forward of a canvas), and `whole[:, 0]` says that the next forward encodes. More is in `Memory`.
+Of the Block Buffer, place 0 of `tok` is the canvas, place 1 its likeliest tokens of the forward before (masks before
+its first forward), and `whole[:, 0]` says that the next forward encodes. More is in `Memory`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""DiffusionGemma's network: a row is encoded (causal, a part of the prefix) or decoded (a canvas that sees all of itself).
+"""DiffusionGemma: a row is encoded (causal, a part of the prefix) or decoded (a canvas that sees itself whole).
 
-    x += attn_out(attention(attn_in x));  x += mlp_out(dense_out(mlp(mlp_in x)) + moe_out(experts(moe_in x)));  x *= scalar
+    x += attn_out(attention(attn_in x))
+    x += mlp_out(dense_out(mlp(mlp_in x)) + moe_out(experts(moe_in x)));  x *= scalar
 
 The roles share all weights but a scalar a layer. Norms stand on both sides of every part and multiply in fp32, which
 the fused matmuls do not express: they are plain torch, for Inductor.
