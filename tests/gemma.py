@@ -15,14 +15,14 @@ from transformers import Gemma4VisionConfig as VisionConfig
 
 from tests.checkpoints import Shape, write_tokenizer
 
-VOCAB, CANVAS, WINDOW, STOP = 67, 8, 6, 5
+VOCAB, CANVAS, WINDOW, STOP = 67, 8, 6, 2
 ENCODER, DECODER = "model.encoder.language_model.", "model.decoder."
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
 }
 TEXT: dict[str, Any] = {  # a text_config as published
-    "attention_bias": False, "bos_token_id": 2, "eos_token_id": STOP, "pad_token_id": 0,
+    "attention_bias": False, "bos_token_id": 1, "eos_token_id": STOP, "pad_token_id": 0,
     "final_logit_softcapping": 30.0, "global_head_dim": 32, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 48, "intermediate_size": 40,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
