@@ -17,6 +17,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from dlx import LLM, SamplingParams
 from dlx.errors import ModelError, PolicyError
+from dlx.graphs.canvas import noise
 from dlx.graphs.policies import POLICIES, Policy
 from dlx.graphs.rules import Canvas, Stable
 from dlx.models import family
@@ -25,7 +26,7 @@ from dlx.models.gemma.network import DiffusionGemma
 from dlx.ops.attention import View
 from dlx.weights import load, read_config
 from tests import gemma
-from tests.draws import Draws
+from tests.draws import Draws, philox
 from tests.gemma import CANVAS, STOP, VOCAB
 
 DATA = Path(__file__).parents[1] / "data"
@@ -251,6 +252,17 @@ def test_an_answer_is_the_same_alone_in_a_batch_and_in_launches_of_several_forwa
             (o.token_ids, o.nfe, o.prefill_forwards) for o in alone
         ]
     assert [len(o.token_ids) for o in alone] == [2 * CANVAS + 3] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [4, 1234567890123, 2**63 - 1])
+def test_compiled_noise_is_philox_and_overflows_nowhere(seed: int) -> None:
+    compiled = torch.compile(noise, fullgraph=True, dynamic=False)
+    pos = torch.arange(17, 25, dtype=torch.int32)
+    for age in range(3):
+        words = [philox((0, p, age, 1), seed) * VOCAB >> 32 for p in pos.tolist()]
+        asked = torch.tensor([seed]), pos[None], torch.tensor([age], dtype=torch.int32), VOCAB
+        assert compiled(*asked).tolist() == noise(*asked).tolist() == [words]
 
 
 @pytest.mark.slow

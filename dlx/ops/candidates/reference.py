@@ -190,7 +190,13 @@ def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> Tensor:
     c = list(counter)
     k0, k1 = seed & low32, seed >> 32 & low32
     for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(b >> 32 & low32) ^ c[1] ^ k0, b & low32, (a >> 32 & low32) ^ c[3] ^ k1, a & low32]
+        (ahead, a), (behind, b) = halves(c[0], 0xD2511F53), halves(c[2], 0xCD9E8D57)
+        c = [behind ^ c[1] ^ k0, b, ahead ^ c[3] ^ k1, a]
         k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
     return torch.as_tensor(c[0])
+
+
+def halves(x: Tensor | int, times: int) -> tuple[Tensor | int, Tensor | int]:
+    """The upper and the lower 32 bits of x · times, both below 2³²; no step overflows, which C++ leaves undefined."""
+    p, q = x * (times & 0xFFFF), x * (times >> 16)
+    return q + (p >> 16) >> 16, ((q & 0xFFFF) << 16) + p & 0xFFFFFFFF
