@@ -100,7 +100,7 @@ def with_config(answers: dict[tuple[str, tuple[int, ...]], Any]) -> Callable[[As
 
 
 def neighbours(config: Any, field: str) -> list[Any]:
-    """The configurations that differ in one field, near ones first; other `programs` also with the memory shared out."""
+    """The configurations that differ in one field, near ones first; other `programs` also with memory shared out."""
     value = getattr(config, field)
     if isinstance(value, bool):
         return [config._replace(**{field: not value})]
