@@ -172,6 +172,9 @@ def bind(policy: Policy | None, card: Card, block_length: int | None) -> Policy:
             f"blocks of {L} tokens do not suit this {card.family} checkpoint, which was trained with {trained}; "
             f"use block_length={card.blocks[0]}"
         )
+    if (policy.canvas is None) == (card.gemma is not None):
+        use = "policy='diffusion_gemma'" if card.gemma else "one without a canvas, as policy='single_bd'"
+        raise PolicyError(f"canvas={policy.canvas} does not suit this {card.family} checkpoint; use {use}")
     return replace(policy, L=L, full=full)
 
 

@@ -60,7 +60,7 @@ def convert(
     params = dict(net.named_parameters())
     named, stored = kind.places(card), weights.index(model)
     places = weights.chosen(weights.layout(raw, named, params), kind.stacked(card), stored)
-    weights.check(model, stored, places, params)
+    weights.check(model, stored, places, params, kind.skipped)
     deltas = {} if lora is None else weights.Adapter.open(lora, named).deltas(named)
     of: dict[str, dict[str, Place]] = {}
     for name, place in places.items():

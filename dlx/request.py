@@ -129,7 +129,8 @@ class Chunk(NamedTuple):
 class Output(NamedTuple):
     """The whole answer to one request; text and ids leave the stop id out, `tokens` counts it.
 
-    prefill_forwards  chunks of the prompt that were prefilled; chunks of several prompts may share a forward
+    prefill_forwards  chunks of the prompt that were prefilled, and canvases that were encoded to go on behind them;
+                      those of several requests may share a forward
     """
 
     id: int

@@ -54,6 +54,7 @@ class Scheduler:
         self.policy, self.card, self.shapes, self.pool, self.max_len = policy, card, shapes, pool, max_len
         assert policy.L is not None, "bind() gives a policy its block length"
         self.L = policy.L
+        self.step = 1 if policy.canvas is not None else policy.L  # what is decoded begins at a multiple of it
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         self._slots = list(range(shapes.rows[-1] - 1, -1, -1))
@@ -95,6 +96,8 @@ class Scheduler:
             request.nfe = reply.nfe
             ids = reply.tok[: reply.n][request.tail :]
             request.tail = 0 if reply.n else request.tail
+            if self.policy.canvas is not None:  # a canvas was, or will be, encoded; not the last
+                request.prefills += (reply.n - (reply.why != buffer.RUNNING)) // self.L if reply.n else 0
             request.out += ids
             if ids and request.first_s is None:
                 request.first_s = time.monotonic()
@@ -137,27 +140,28 @@ class Scheduler:
 
     def _need(self, request: Request) -> int:
         """Pages for every block that the request may ever compute."""
-        end = len(request.prompt) + request.params.max_tokens
-        return -(-(-(-end // self.L) * self.L) // self.shapes.S)
+        start = self._start(request)
+        blocks = -(-(len(request.prompt) + request.params.max_tokens - start) // self.L)
+        return -(-(start + blocks * self.L) // self.shapes.S)
 
     def _lora(self, request: Request) -> int:
         return self.adapters.index(request.params.adapter or "")
 
-    def _start(self, prompt: list[int]) -> int:
+    def _start(self, request: Request) -> int:
         """Where the window begins: with the first incomplete block. Where the first token of a block is read off the
         position before, not right behind the prompt: then the prompt's last block is looked at once more."""
-        return (len(prompt) - int(self.card.shift)) // self.L * self.L
+        return (len(request.prompt) - int(self.card.shift)) // self.step * self.step
 
     def _chunks(self, request: Request) -> list[Stretch]:
-        prompt, end, most = request.prompt, self._start(request.prompt), self.shapes.tokens[-1]
+        prompt, end, most = request.prompt, self._start(request), self.shapes.tokens[-1]
         lora = self._lora(request)
         if self.policy.full:  # in one piece; what is in the window is computed there too, so without more there is none
             return [Stretch(prompt, 0, request.pages, len(prompt), lora)] if end else []
         return [Stretch(prompt[at : min(at + most, end)], at, request.pages, lora=lora) for at in range(0, end, most)]
 
     def _row(self, request: Request) -> Row:
-        p, start = request.params, self._start(request.prompt)
-        request.tail = len(request.prompt) % self.L
+        p, start = request.params, self._start(request)
+        request.tail = len(request.prompt) % self.step
         stops = list(dict.fromkeys((*self.card.stop_ids, *p.stop_token_ids)))
         return Row(
             tok=request.prompt[start:],

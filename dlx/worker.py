@@ -16,12 +16,13 @@ from torch import Tensor
 from dlx import weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import CapacityError, ModelError
-from dlx.graphs import buffer, loop, prefill, shapes
+from dlx.graphs import buffer, canvas, loop, prefill, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
 from dlx.models import family
 from dlx.models.card import Card
 from dlx.models.decoder import Decoder
+from dlx.models.gemma.network import DiffusionGemma
 from dlx.observe import marked, span
 from dlx.request import STOP_IDS
 from dlx.scheduler import Plan, Reply
@@ -65,13 +66,17 @@ class Worker:
         sizes = geometry(config, self.card, self.L)
         self.max_len = sizes.max_len
         chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward
-        self.shapes = shapes.plan(config.max_num_seqs, sizes.max_len, self.L, sizes.S, chunk)
+        is_canvas = self.policy.canvas is not None
+        self.step = 1 if is_canvas else self.L  # prompts are prefilled in blocks of it: 1 is causal
+        last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
+        self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk)
         self.net = self._network(raw)
         self.num_pages = config.num_pages or self._pages_that_fit()
-        self.kv = tuple(self._pages() for _ in range(self.card.layers))  # own storage each: Inductor copies views
+        self.kv = tuple(self._pages(G, D) for G, D in self.card.kv)  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
         E = self.card.hidden if self.card.shift else 0
         self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device, E, config.torch_dtype)
+        self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         self.sent = loop.allocate(B, self.policy.N * self.L, config.forwards, self.device)
         self.epoch = 0  # launches sent
         C = self.shapes.C
@@ -155,7 +160,7 @@ class Worker:
         n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
         return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:].tolist()
 
-    def _network(self, raw: weights.Json) -> Decoder:
+    def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
         kind, config = family(self.card.arch), self.config
         places = kind.places(self.card)
         deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
@@ -166,8 +171,8 @@ class Worker:
             if config.load_format == "dummy":
                 weights.random(params, config.seed)
             else:
-                where, stacked = weights.layout(raw, places, params), kind.stacked(self.card)
-                weights.load(config.model, where, params, stacked, deltas=deltas, finite=config.check_weights)
+                where, stacked, skipped = weights.layout(raw, places, params), kind.stacked(self.card), kind.skipped
+                weights.load(config.model, where, params, stacked, skipped, deltas=deltas, finite=config.check_weights)
             weights.install(net, adapters, places)
         except BaseException:
             weights.release(params)
@@ -175,8 +180,7 @@ class Worker:
         return net
 
     def _pages_that_fit(self) -> int:
-        c = self.card
-        each = shapes.page_bytes(c.layers, self.shapes.S, c.kv_heads, c.head_dim, self.config.torch_dtype.itemsize)
+        each = shapes.page_bytes(self.card.kv, self.shapes.S, self.config.torch_dtype.itemsize)
         room = CPU_PAGES_BYTES
         if self.device.type == "cuda":
             room = int(torch.cuda.mem_get_info(self.device)[0] * GPU_PAGES_SHARE)
@@ -185,8 +189,8 @@ class Worker:
             raise CapacityError(f"no K/V page of {each} bytes fits into {room} bytes; use a smaller model or page_size")
         return fit
 
-    def _pages(self) -> Tensor:
-        shape = (2, self.num_pages, self.shapes.S, self.card.kv_heads, self.card.head_dim)
+    def _pages(self, G: int, D: int) -> Tensor:
+        shape = (2, self.num_pages, self.shapes.S, G, D)
         try:
             return torch.zeros(shape, dtype=self.config.torch_dtype, device=self.device)
         except RuntimeError as error:
@@ -214,7 +218,7 @@ class Worker:
     def _prefill_graph(self, T: int) -> tuple[str, int]:
         key = ("prefill", T)
         if key not in self.graphs:
-            self.graphs.add(key, partial(prefill.prefill_, self.L, self.net, self.prompts[T], self.kv))
+            self.graphs.add(key, partial(prefill.prefill_, self.step, self.net, self.prompts[T], self.kv))
         return key
 
     def _step_graph(self, B: int) -> tuple[str, int]:
@@ -225,6 +229,9 @@ class Worker:
             self.buf.done.fill_(True)
             view, sent = buffer.rows(self.buf, B), loop.rows(self.sent, B)
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, sent.step)
+            if isinstance(self.net, DiffusionGemma):
+                memory = canvas.rows(self.memory, B)
+                step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, memory, self.kv, sent.step)
             step = marked(step) if self.config.graphs == "off" else step
             try:
                 if self.looped:

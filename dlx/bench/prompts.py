@@ -95,5 +95,5 @@ def prefill_flops(worker: Worker, tokens: int) -> dict[str, int]:
     visible = L * L * blocks * (blocks + 1) // 2  # a position sees its own block and all before it
     return {
         "matmuls": 2 * blocks * L * matrices,
-        "attention": 4 * visible * card.heads * card.head_dim * card.layers,
+        "attention": 4 * visible * card.heads * sum(D for _, D in card.kv),
     }

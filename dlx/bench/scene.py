@@ -228,5 +228,5 @@ def floor_bytes(worker: Worker, tokens: int) -> dict[str, int]:
     net, card = worker.net, worker.card
     table = 0 if card.tied else int(net.table.nbytes)
     read = sum(int(p.nbytes) for p in net.parameters()) - table
-    token = 2 * card.layers * card.kv_heads * card.head_dim * worker.config.torch_dtype.itemsize
+    token = 2 * sum(G * D for G, D in card.kv) * worker.config.torch_dtype.itemsize
     return {"weights": read, "kv": tokens * token}

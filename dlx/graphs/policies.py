@@ -6,9 +6,24 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from dlx.errors import PolicyError
-from dlx.graphs.rules import Embed, Filled, Fixed, Hard, Keep, Rewrite, Select, Settle, Threshold
+from dlx.graphs.rules import (
+    Canvas,
+    Embed,
+    EntropyBound,
+    Filled,
+    Fixed,
+    Hard,
+    Keep,
+    Renoise,
+    Rewrite,
+    Select,
+    Settle,
+    Stable,
+    Threshold,
+)
 
 RULES = ("select", "rewrite", "settle", "embed")
+OF_A_CANVAS = (EntropyBound, Renoise, Stable)
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,7 @@ class Policy:
     N         blocks of a row that may decode at once
     full      what a query at position q sees, where a prompt has P tokens. True: all P for q < P, and every key below
               (q // L + 1) · L from P on. False: the latter for every q. None takes what the model was trained for
+    canvas    a block is a canvas of random tokens, not of masks (see graphs/canvas.py); None: masks
     accept, open_at, force_at  defaults of the columns a request may override (see SamplingParams)
     """
 
@@ -29,6 +45,7 @@ class Policy:
     rewrite: Rewrite = Keep()
     settle: Settle = Filled()
     embed: Embed = Hard()
+    canvas: Canvas | None = None
     accept: float = 0.9
     open_at: float = 0.1
     force_at: float = 0.9
@@ -40,6 +57,10 @@ class Policy:
             raise PolicyError(f"N={self.N!r} decoding blocks are not allowed; use 1 to 32")
         if self.full not in (None, True, False):
             raise PolicyError(f"full={self.full!r} is not allowed; use True, False, or None for the model's own")
+        if self.canvas is not None and not (
+            self.N == 1 and _integer(self.canvas.steps) and self.canvas.steps > 0 < self.canvas.cold <= self.canvas.hot
+        ):
+            raise PolicyError(f"N={self.N} blocks with {self.canvas} are not allowed; use N=1, a step, 0 < cold <= hot")
         for name in ("accept", "open_at", "force_at"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
@@ -50,6 +71,8 @@ class Policy:
                 raise PolicyError(
                     f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in rules.py"
                 )
+            if isinstance(rule, OF_A_CANVAS) and self.canvas is None:
+                raise PolicyError(f"{name}={rule!r} is a rule of canvases; pass canvas=Canvas(), or another rule")
 
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
@@ -57,6 +80,7 @@ class Policy:
         for f in fields(self):
             value = getattr(self, f.name)
             out[f.name] = {"rule": type(value).__name__, **asdict(value)} if f.name in RULES else value
+        out["canvas"] = None if self.canvas is None else asdict(self.canvas)
         return out
 
 
@@ -70,6 +94,7 @@ POLICIES: dict[str, Policy] = {
     "fixed": Policy(select=Fixed(1)),
     # D2F (discrete diffusion forcing): for networks trained all-to-all, by themselves or with its adapters
     "d2f": Policy(N=4, full=True),
+    "diffusion_gemma": Policy(select=EntropyBound(), rewrite=Renoise(), settle=Stable(), canvas=Canvas(), accept=0.1),
 }
 
 

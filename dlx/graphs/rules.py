@@ -20,6 +20,7 @@ class Candidates(NamedTuple):
 
     tok: Tensor  # [B, N, L]  int32
     conf: Tensor  # [B, N, L]  f32    probability of `tok` after temperature
+    entropy: Tensor | None = None  # [B, N, L]  f32    of the distribution; of a canvas only
 
 
 class Seen(NamedTuple):
@@ -32,6 +33,7 @@ class Seen(NamedTuple):
     accept: Tensor  # [B]        f32
     force_at: Tensor  # [B]        f32
     mask: int
+    calm: Tensor | None = None  # [B, N]     int32  forwards in which the likeliest tokens stayed; of a canvas only
 
 
 @runtime_checkable
@@ -113,8 +115,63 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class EntropyBound:
+    """Of a canvas: accept the positions of least entropy whose predecessors' entropies sum up to `accept` at most.
+
+    Source transformers' EntropyBoundSampler (arXiv 2505.24857); the position of least entropy is always accepted
+    """
+
+    def __call__(self, c: Candidates, w: Seen) -> Tensor:
+        assert c.entropy is not None, "Policy refuses this rule without a canvas"
+        at = torch.arange(c.entropy.shape[-1], device=c.entropy.device)
+        mine, other = c.entropy[..., :, None], c.entropy[..., None, :]
+        ahead = (other < mine) | (other == mine) & (at < at[:, None])
+        return w.live & (torch.where(ahead, other, 0.0).sum(-1) <= w.accept[:, None, None])
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Of a canvas: what is not accepted now is masked again, whatever it was, and seen as a new random token."""
+
+    def __call__(self, c: Candidates, w: Seen, take: Tensor) -> Tensor:
+        return torch.where(take, c.tok, w.mask)
+
+
+@dataclass(frozen=True)
+class Stable:
+    """A canvas is decided once its likeliest tokens stayed for `forwards` and its mean entropy is below `below`.
+
+    Source transformers' StableAndConfidentStoppingCriteria
+    """
+
+    forwards: int = 1
+    below: float = 0.005
+
+    def __call__(self, c: Candidates, w: Seen, tok: Tensor) -> Tensor:
+        assert c.entropy is not None and w.calm is not None, "Policy refuses this rule without a canvas"
+        return (w.calm >= self.forwards) & (c.entropy.mean(-1) < self.below)
+
+
+@dataclass(frozen=True)
 class Hard:
     """The network sees the tokens themselves."""
 
     def __call__(self, embed: Callable[[Tensor], Tensor], tok: Tensor) -> Tensor:
         return embed(tok)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How a canvas is denoised: `steps` forwards at most, at temperatures that fall from `hot` towards `cold`.
+
+    Forward n of a canvas, counted from 0, has cold + (hot − cold) · (steps − n) / steps. Source transformers'
+    LinearTemperatureScheduleLogitsProcessor
+    """
+
+    steps: int = 48
+    hot: float = 0.8
+    cold: float = 0.4
+
+    def heat(self, turn: Tensor) -> Tensor:
+        """[B] int32 forwards spent on the canvas → [B] f32 temperature of the next."""
+        return self.cold + (self.hot - self.cold) * ((self.steps - turn).float() / self.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from dlx.errors import CapacityError
@@ -38,6 +39,6 @@ def bucket(sizes: tuple[int, ...], n: int) -> int:
     raise CapacityError(f"{n} is over the largest bucket {sizes[-1]}; split it or raise max_num_seqs")
 
 
-def page_bytes(layers: int, S: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one page of K and V over all layers."""
-    return 2 * layers * S * kv_heads * head_dim * itemsize
+def page_bytes(heads: Iterable[tuple[int, int]], S: int, itemsize: int) -> int:
+    """Bytes of one page of K and V over all layers, given each one's (G, D)."""
+    return 2 * S * sum(G * D for G, D in heads) * itemsize

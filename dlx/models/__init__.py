@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,20 +13,25 @@ from dlx.models.card import Card, Place
 from dlx.models.decoder import Decoder
 from dlx.models.families import FAMILIES
 
+if TYPE_CHECKING:
+    from dlx.models.gemma.network import DiffusionGemma
+
 LLAMA = "dlx.models.names:LLAMA"
 
 MODELS: dict[str, str] = dict.fromkeys(FAMILIES, LLAMA) | {
     "LLaDAModelLM": "dlx.models.names:LLADA",
     "LLaDA2MoeModelLM": "dlx.models.names:LLADA2",
+    "DiffusionGemmaForBlockDiffusion": "dlx.models.gemma.places:GEMMA",
 }
 
 
 class Family(NamedTuple):
     """What tells a family from another: how its network is built, and where its tensors go."""
 
-    build: Callable[[Card, torch.device, torch.dtype], Decoder]
+    build: Callable[[Card, torch.device, torch.dtype], Decoder | DiffusionGemma]
     places: Callable[[Card], dict[str, Place]]
     stacked: Callable[[Card], dict[str, Place]] = lambda _: {}  # tensors that may stand for a parameter's first rows
+    skipped: tuple[str, ...] = ()  # how the names of tensors begin that are not loaded
 
 
 def family(architecture: str) -> Family:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from dlx.errors import ModelError
 from dlx.models.families import FAMILIES, PLAIN, Facts, known
 from dlx.models.fields import Fields, is_integer, wrong
+from dlx.models.gemma.card import Gemma, flat
 
 
 class Place(NamedTuple):
@@ -63,6 +64,7 @@ class Card:
     max_len  positions, prompt and answer together
     mixture  None for a dense network
     fp8      matmul weights are e4m3, with a scale a row
+    mask_id  −1 where there is none
     """
 
     family: str
@@ -90,6 +92,16 @@ class Card:
     max_len: int
     mixture: Mixture | None = None
     fp8: bool = False
+    gemma: Gemma | None = None
+
+    @property
+    def kv(self) -> tuple[tuple[int, int], ...]:
+        """(G, D) of each layer."""
+        of_all = (self.kv_heads, self.head_dim)
+        if self.gemma is None:
+            return (of_all,) * self.layers
+        of_global = (self.gemma.global_kv_heads, self.gemma.global_dim)
+        return tuple(of_global if wide else of_all for wide in self.gemma.everywhere)
 
     @staticmethod
     def from_hf(config: Mapping[str, object], generation: Mapping[str, object]) -> Card:
@@ -100,6 +112,7 @@ class Card:
         """
         arch = _architecture(config)
         facts = FAMILIES[arch]
+        config, gemma = flat(config) if facts.name == "diffusion_gemma" else (config, None)
         read = Fields(config, facts.keys)
         for key, (plain, allowed) in {**PLAIN, **facts.plain}.items():
             if read.get(key) not in plain:
@@ -117,7 +130,7 @@ class Card:
             raise read.wrong("head_dim", head_dim, "an even number, as rotary embeddings turn pairs")
         vocab, max_len = read.integer("vocab_size"), read.integer("max_position_embeddings")
         stop_ids = _stop_ids(config, generation, facts, vocab)
-        mask_id = read.integer("mask_token_id", 0, vocab - 1, default=facts.mask_id)
+        mask_id = read.integer("mask_token_id", min(0, facts.mask_id), vocab - 1, default=facts.mask_id)
         if mask_id in stop_ids:
             raise read.wrong("mask_token_id", mask_id, f"an id that is none of the stop ids {list(stop_ids)}")
         mixture = None if facts.mixture is None else _mixture(read, facts.mixture)
@@ -148,6 +161,7 @@ class Card:
             max_len=max_len,
             fp8=config.get("quantization_config") is not None,
             mixture=mixture,
+            gemma=gemma,
         )
 
 

@@ -114,6 +114,17 @@ FAMILIES: dict[str, Facts] = {
             "moe_router_enable_expert_bias": ((None, True), "true"),
         },
     ),
+    "DiffusionGemmaForBlockDiffusion": Facts(
+        "diffusion_gemma", -1, 256, (1, 106), "google/diffusiongemma-26B-A4B-it",
+        qk_norm=True, head_dim=True, policy="diffusion_gemma", mixture="softmax",
+        keys={
+            "hidden_act": "hidden_activation", "block_size": "canvas_length", "num_experts_per_tok": "top_k_experts",
+        },
+        plain={
+            "hidden_act": (("gelu_pytorch_tanh",), '"gelu_pytorch_tanh"'), "tie_word_embeddings": ((True,), "true"),
+            "use_bidirectional_attention": ((None, "vision"), '"vision": text is read causally'),
+        },
+    ),
 }  # fmt: skip
 
 ALIASES = {  # older names, and those that dInfer's converter writes

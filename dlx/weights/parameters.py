@@ -42,6 +42,7 @@ def load(
     places: Mapping[str, Place],
     params: Mapping[str, Tensor],
     stacked: Mapping[str, Place] = EMPTY,
+    skipped: tuple[str, ...] = (),
     *,
     deltas: Mapping[str, Sequence[Delta]] = NONE,
     finite: bool = False,
@@ -55,6 +56,7 @@ def load(
     places    checkpoint name → where it goes; together they cover every row of every parameter
     params    parameter name → tensor on its device; what goes into one in fp8 and is not, is quantised on the way
     stacked   names of tensors that, where they are there, stand for the first rows of their parameter
+    skipped   how the names of tensors begin that are not loaded
     deltas    parameter name → what adapters add to its rows, in fp32 before the cast
     finite    refuse NaN and infinities; waits for the device once a tensor
     progress  a bar on stderr; None shows one at a terminal for what takes long
@@ -64,33 +66,57 @@ def load(
     """
     stored = index(folder)
     places = chosen(places, stacked, stored)
-    check(folder, stored, places, params)
+    check(folder, stored, places, params, skipped)
     fill(stored, places, params, deltas=deltas, finite=finite, progress=progress)
 
 
 def chosen(
     places: Mapping[str, Place], stacked: Mapping[str, Place], stored: Mapping[str, Stored]
 ) -> Mapping[str, Place]:
-    """The places in which those of `stacked` that are stored stand for all others of their rows."""
+    """The places in which those of `stacked` that are stored stand for all others of their parameters' first rows.
+
+    Raises ModelError  for some that stand for too little together, or for the same rows
+    """
     there = {name: place for name, place in stacked.items() if name in stored}
-    taken = {place.param: place.rows for place in there.values()}  # the first rows of each
-    return {name: place for name, place in places.items() if place.row >= taken.get(place.param, 0)} | there
+    ends: dict[str, int] = {}
+    for place in there.values():
+        ends[place.param] = max(ends.get(place.param, 0), place.row + place.rows)
+    out = {name: place for name, place in places.items() if place.row >= ends.get(place.param, 0)} | there
+    need, given = filled(places), filled(out)
+    param = next((param for param in need if need[param] != given[param]), None)
+    if param is not None:
+        name = next(name for name, place in there.items() if place.param == param)
+        raise ModelError(
+            f"{stored[name].path.parent}: {name} and its like fill {given[param]} of the {need[param]} elements of "
+            f"{param}; some are missing or twice there: fetch the checkpoint again"
+        )
+    return out
 
 
-def check(
-    folder: str | Path, stored: Mapping[str, Stored], places: Mapping[str, Place], params: Mapping[str, Tensor]
-) -> None:
-    """Raise one ModelError that names every tensor that is missing, extra, misshapen or of a wrong dtype."""
+def filled(places: Mapping[str, Place]) -> dict[str, int]:
+    """Parameter → elements that places fill."""
     room = dict.fromkeys((place.param for place in places.values()), 0)
     for place in places.values():
         room[place.param] += math.prod(place.shape)
+    return room
+
+
+def check(
+    folder: str | Path,
+    stored: Mapping[str, Stored],
+    places: Mapping[str, Place],
+    params: Mapping[str, Tensor],
+    skipped: tuple[str, ...] = (),
+) -> None:
+    """Raise one ModelError that names every tensor that is missing, extra, misshapen or of a wrong dtype."""
+    room = filled(places)
     made = {scale_of(name) for name, param in params.items() if param.dtype == FP8}  # while weights are quantised
     sizes = {name: param.numel() for name, param in params.items() if name in room or name not in made}
     assert room == sizes, "places must cover the parameters"
     wrong: list[str] = []
     for name, (path, shape, dtype) in stored.items():
         if name not in places:
-            if name not in SPARE:
+            if name not in SPARE and not name.startswith(skipped):
                 wrong.append(f"{name} is extra (in {path.name}; the network has no such tensor)")
             continue
         place = places[name]

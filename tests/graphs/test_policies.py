@@ -9,7 +9,7 @@ import pytest
 
 from dlx.errors import PolicyError
 from dlx.graphs.policies import POLICIES, Policy, named
-from dlx.graphs.rules import Fixed
+from dlx.graphs.rules import Canvas, Fixed
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,16 @@ def test_a_policy_is_described_whole() -> None:
     assert told["select"] == {"rule": "Fixed", "k": 3}
     assert (told["N"], told["L"], told["accept"], told["open_at"], told["force_at"]) == (2, None, 0.9, 0.1, 0.9)
     assert told["settle"] == {"rule": "Filled"}
+
+
+def test_a_canvas_is_described_and_checked() -> None:
+    told = json.loads(json.dumps(POLICIES["diffusion_gemma"].describe()))
+    assert told["canvas"] == {"steps": 48, "hot": 0.8, "cold": 0.4}
+    assert told["settle"] == {"rule": "Stable", "forwards": 1, "below": 0.005}
+    assert json.loads(json.dumps(Policy().describe()))["canvas"] is None
+    for canvas in (Canvas(steps=0), Canvas(steps=True), Canvas(hot=0.1), Canvas(cold=0.0)):
+        with pytest.raises(PolicyError, match=r"Canvas\(.* not allowed; use N=1"):
+            Policy(canvas=canvas)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:

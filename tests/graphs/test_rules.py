@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlx.graphs.rules import Candidates, Filled, Fixed, Hard, Keep, Seen, Threshold, rank
+from dlx.graphs.rules import (
+    Candidates,
+    Canvas,
+    EntropyBound,
+    Filled,
+    Fixed,
+    Hard,
+    Keep,
+    Renoise,
+    Seen,
+    Stable,
+    Threshold,
+    rank,
+)
 
 MASK = 63
 
@@ -92,3 +105,52 @@ def test_hard_shows_the_tokens_as_they_are() -> None:
     table = torch.randn(8, 3)
     tok = torch.tensor([[1, 5]])
     assert torch.equal(Hard()(lambda t: table[t], tok), table[tok])
+
+
+def canvas_scene(seed: int) -> tuple[Candidates, Seen]:
+    """A scene with entropies, some of them equal, and calm forwards; block n has entropies of about 0.06 · 4ⁿ."""
+    c, w = scene(seed)
+    rng = torch.Generator().manual_seed(seed + 1000)
+    entropy = torch.rand(w.tok.shape, generator=rng) * (0.06 * 4.0 ** torch.arange(w.tok.shape[1])[:, None])
+    if seed % 2:
+        entropy = (entropy * 16).round() / 16
+    return c._replace(entropy=entropy), w._replace(calm=torch.randint(0, 4, w.before.shape, generator=rng).int())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_entropy_bound_equals_its_twin(seed: int) -> None:
+    c, w = canvas_scene(seed)
+    assert c.entropy is not None
+    take = torch.zeros_like(w.todo)
+    for b in range(take.shape[0]):
+        for n in range(take.shape[1]):
+            H, total = c.entropy[b, n].tolist(), 0.0
+            for i in sorted(range(len(H)), key=lambda i: (H[i], i)):
+                take[b, n, i] = bool(w.live[b, n, i]) and total <= w.accept[b]
+                total += H[i]
+    assert torch.equal(EntropyBound()(c, w), take)
+    assert seed < 39 or 0.1 < take.float().mean() < 0.9
+
+
+def test_renoise_masks_all_that_is_not_accepted_now() -> None:
+    c, w = canvas_scene(1)
+    take = w.live & (c.conf > 0.5)
+    tok = Renoise()(c, w, take)
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in take.shape)).tolist():
+        assert tok[tuple(at)] == (c.tok[tuple(at)] if take[tuple(at)] else MASK)
+
+
+@pytest.mark.parametrize(("forwards", "below"), [(0, 0.1), (1, 0.05), (2, 0.5), (3, 10.0)])
+def test_stable_equals_its_twin(forwards: int, below: float) -> None:
+    c, w = canvas_scene(2)
+    assert c.entropy is not None and w.calm is not None
+    whole = Stable(forwards, below)(c, w, c.tok)
+    for b in range(whole.shape[0]):
+        for n in range(whole.shape[1]):
+            H = c.entropy[b, n].tolist()
+            assert whole[b, n] == (int(w.calm[b, n]) >= forwards and sum(H) / len(H) < below)
+
+
+def test_a_canvas_cools_from_hot_towards_cold() -> None:
+    heat = Canvas(steps=4, hot=0.8, cold=0.4).heat(torch.tensor([0, 1, 2, 3], dtype=torch.int32))
+    torch.testing.assert_close(heat, torch.tensor([0.8, 0.7, 0.6, 0.5]))

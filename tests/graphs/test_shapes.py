@@ -33,4 +33,4 @@ def test_a_bucket_is_the_smallest_that_fits() -> None:
 
 
 def test_a_page_holds_keys_and_values_of_all_layers() -> None:
-    assert page_bytes(layers=36, S=16, kv_heads=8, head_dim=128, itemsize=2) == 36 * 2 * 16 * 8 * 128 * 2
+    assert page_bytes([(8, 128)] * 36, S=16, itemsize=2) == 36 * 2 * 16 * 8 * 128 * 2

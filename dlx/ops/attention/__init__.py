@@ -44,6 +44,7 @@ class View(NamedTuple):
     pages: Tensor  # [B, W]  int32
     seen: Tensor  # [B, C]  int32  leading keys a position sees, itself among them; 0 takes no part and is not stored
     lora: Tensor | None = None  # [B]  int32  adapter slot, 0 is none; attention does not read it
+    encode: Tensor | None = None  # [B]     bool   DiffusionGemma: rows of committed tokens, not of a canvas; None: all
 
 
 def fake(

@@ -176,17 +176,27 @@ def drawn(z: Tensor, ids: Tensor, temp: Tensor, seed: Tensor, pos: Tensor, age: 
 
 def gumbel(ids: Tensor, seed: Tensor, pos: Tensor, age: Tensor) -> Tensor:
     """[T, n] f32 Gumbel noise of ids [n] or [T, n]: Philox4x32-10, keyed by `seed`, counted by (token, pos, age)."""
-    low32 = 0xFFFFFFFF
-    c = [
-        ids.long().expand(seed.shape[0], -1),
-        pos.long()[:, None],
-        age.long()[:, None],
-        torch.zeros_like(seed)[:, None],
-    ]
-    k0, k1 = (seed & low32)[:, None], (seed >> 32 & low32)[:, None]
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(b >> 32 & low32) ^ c[1] ^ k0, b & low32, (a >> 32 & low32) ^ c[3] ^ k1, a & low32]
-        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    u = ((c[0] >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
+    counter = (ids.long().expand(seed.shape[0], -1), pos.long()[:, None], age.long()[:, None], 0)
+    u = ((philox(counter, seed[:, None]) >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
     return -torch.log(-torch.log(u))
+
+
+def philox(counter: tuple[Tensor | int, ...], seed: Tensor) -> Tensor:
+    """The first of Philox4x32-10's four words, int64 from 0 to 2³² − 1: four counter words keyed by `seed` int64.
+
+    The words are token, position, forward and stream: 0 for the noise of draws, 1 for a canvas' random tokens.
+    """
+    low32 = 0xFFFFFFFF
+    c = list(counter)
+    k0, k1 = seed & low32, seed >> 32 & low32
+    for _ in range(10):
+        (ahead, a), (behind, b) = halves(c[0], 0xD2511F53), halves(c[2], 0xCD9E8D57)
+        c = [behind ^ c[1] ^ k0, b, ahead ^ c[3] ^ k1, a]
+        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
+    return torch.as_tensor(c[0])
+
+
+def halves(x: Tensor | int, times: int) -> tuple[Tensor | int, Tensor | int]:
+    """The upper and the lower 32 bits of x · times, both below 2³²; no step overflows, which C++ leaves undefined."""
+    p, q = x * (times & 0xFFFF), x * (times >> 16)
+    return q + (p >> 16) >> 16, ((q & 0xFFFF) << 16) + p & 0xFFFFFFFF

@@ -1,0 +1,1 @@
+"""DiffusionGemma: an encoder and a decoder of one set of weights. Text only: the vision tower is not loaded."""
