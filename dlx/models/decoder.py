@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dlx.models.attention import Attention
 from dlx.models.card import Card
-from dlx.models.layers import MLP, MoE, RMSNorm, live_of, parameter
+from dlx.models.layers import MLP, MoE, RMSNorm, parameter
 from dlx.ops.attention import View
 from dlx.ops.linear import MOST_ROWS, squared
 
@@ -71,13 +71,11 @@ class Decoder(nn.Module):
         gain = iter([*gains[1:], self.norm.weight])
         slot = None if view.lora is None else view.lora[:, None].expand(B, C).flatten()
         a, seen = h * gains[0], view.seen.flatten()
-        live = None  # of the first matmul: it may start before `seen` is written
         for layer, pages in zip(self.layers, kv, strict=True):
             attn = layer.attn
-            qkv = attn.qkv.project(a, squares, self.eps, live=live, slot=slot)
-            live = live_of(seen)
+            qkv = attn.qkv.project(a, squares, self.eps, slot=slot)
             y = attn(qkv.unflatten(0, (B, C)), view, self.frequencies, pages).flatten(0, 1)
-            h, a, squares = attn.out.accumulate(y, h, next(gain), live, slot)
+            h, a, squares = attn.out.accumulate(y, h, next(gain), slot)
             h, a, squares = layer.mlp.narrow(a, squares, h, next(gain), self.eps, seen, slot)
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
         return (a.float() * scale).to(x.dtype).unflatten(0, (B, C))

@@ -16,11 +16,6 @@ def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Param
     return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
 
 
-def live_of(seen: Tensor) -> Tensor | None:
-    """seen [T] for matmuls that leave idle rows out, where that pays: from the second half of 64 rows on."""
-    return seen if len(seen) > 32 else None
-
-
 class LowRank(nn.Module):
     """What adapters add to a matrix, each to the rows that chose it; slot 0 adds nothing.
 
@@ -76,24 +71,23 @@ class Linear(nn.Module):
         squares: Tensor,
         eps: float,
         swiglu: bool = False,
-        live: Tensor | None = None,
         slot: Tensor | None = None,
     ) -> Tensor:
         """The op of that name, for few rows; adapters see what the matrix sees, and come before SwiGLU."""
         alone = self.adapters is None
-        y = OPS["project"](a, squares, self.weight, eps, swiglu and alone, self.scale, self.bias, live)
+        y = OPS["project"](a, squares, self.weight, eps, swiglu and alone, self.scale, self.bias)
         if self.adapters is None:
             return y
         y = y + self.adapters((a * torch.rsqrt(squares.sum(1, keepdim=True) / a.shape[1] + eps)).to(a.dtype), slot)
         return F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if swiglu else y
 
     def accumulate(
-        self, y: Tensor, h: Tensor, gain: Tensor, live: Tensor | None = None, slot: Tensor | None = None
+        self, y: Tensor, h: Tensor, gain: Tensor, slot: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The op of that name, for few rows."""
         if self.adapters is not None:
             h = h + self.adapters(y, slot)
-        return OPS["accumulate"](y, self.weight, h, gain, self.scale, self.bias, live)
+        return OPS["accumulate"](y, self.weight, h, gain, self.scale, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -135,8 +129,7 @@ class MLP(nn.Module):
 
         seen [T]  keys that each row sees; one that sees none is idle
         """
-        live = live_of(seen)
-        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, live, slot), h, gain, live, slot)
+        return self.down.accumulate(self.gate_up.project(a, squares, eps, True, slot), h, gain, slot)
 
 
 class MoE(nn.Module):

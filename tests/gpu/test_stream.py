@@ -38,22 +38,16 @@ def tensors(T: int, K: int, N: int, fp8: bool) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["project", "swiglu", "accumulate"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("idle", [None, 32, 1])
-@pytest.mark.parametrize(("T", "K", "N"), [(5, 1040, 320), (40, 2048, 640), (64, 1040, 320), (130, 1040, 320)])
-def test_a_launch_agrees_with_the_reference(
-    T: int, K: int, N: int, idle: int | None, fp8: bool, kind: int, config: Stream
-) -> None:
-    """idle: how many positions in front are live; after them every third, or none at all."""
+@pytest.mark.parametrize(("T", "K", "N"), [(5, 1040, 320), (40, 2048, 640), (130, 1040, 320)])
+def test_a_launch_agrees_with_the_reference(T: int, K: int, N: int, fp8: bool, kind: int, config: Stream) -> None:
     x, weight, scale, h, gain, bias = tensors(T, K, N, fp8)
     squares = reference.squared(x.double()).float()
-    at = torch.arange(T, device="cuda").int()
-    live = None if idle is None else torch.where((at < idle) | ((at % 3 == 0) & (idle == 1)), 7, 0).int()
-    args = (kind, x, weight, squares if kind < 2 else None, h, gain, 1e-6, scale, bias, live, config)
+    args = (kind, x, weight, squares if kind < 2 else None, h, gain, 1e-6, scale, bias, config)
     got = stream.launch(*args)
     if kind < 2:
-        want = (reference.project(x.double(), squares.double(), weight.double(), 1e-6, kind == 1, scale, bias, live),)
+        want = (reference.project(x.double(), squares.double(), weight.double(), 1e-6, kind == 1, scale, bias),)
     else:
-        want = reference.accumulate(x.double(), weight.double(), h.double(), gain.double(), scale, bias, live)
+        want = reference.accumulate(x.double(), weight.double(), h.double(), gain.double(), scale, bias)
     for g, w in zip(got, want, strict=False):
         torch.testing.assert_close(g.double(), w, rtol=2e-2, atol=3e-2)
     for one, two in zip(got, stream.launch(*args), strict=True):

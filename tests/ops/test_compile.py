@@ -170,12 +170,6 @@ def more(target: Target) -> dict[str, Callable[[], Any]]:
         filters = () if op == "candidates_partial" else (ids(T), f32(T))
         return lambda: OPS[op].kernel(h, head, *rows, *ends, *rest, ids(T, 3), f32(T, 3), *filters, ids(4))
 
-    def idle(op: str, dtype: torch.dtype, swiglu: bool = False) -> Callable[[], Any]:
-        x, weight, rest = empty(64, E), empty(E, E, dtype=dtype), (f32(E), None, ids(64))
-        if op == "project":
-            return lambda: OPS[op].kernel(x, f32(64, E // 64), weight, 1e-6, swiglu, *rest)
-        return lambda: OPS[op].kernel(x, weight, empty(64, E), empty(E), *rest)
-
     scales = f32(2, 2 * W, G)
     qkv, kv = empty(2, T, 6 * G, 128), empty(2, 2 * W, S, G, 128, dtype=fp8)
     places = (ids(2, T), f32(32), kv, ids(2, W), ids(2, T))
@@ -187,9 +181,6 @@ def more(target: Target) -> dict[str, Callable[[], Any]]:
         "kv_store, fp8 pages": lambda: OPS["kv_store"].kernel(qkv, None, None, *places, 1e-6, scales, True),
         "candidates, filtered": sampled("candidates", V - 1, V),
         "candidates, a part": sampled("candidates_partial", V - 1, 7, V),
-        "project, idle positions": idle("project", torch.bfloat16),
-        "project with SwiGLU, idle positions": idle("project", torch.bfloat16, True),
-        "accumulate, idle positions": idle("accumulate", torch.bfloat16),
         "positions": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8),
         "positions, given": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8, ids(2)),
     }

@@ -57,10 +57,10 @@ def _inputs(name: str, one: Matmul, T: int, device: torch.device) -> Inputs:
     x = normal(device, T, one.K)
     if one.name.endswith(("out", "down")):
         h, gain = normal(device, T, one.N), normal(device, one.N)
-        return Inputs(x, None, lambda w, scale: (x, w, h, gain, scale, None, None), OPS["accumulate"])
+        return Inputs(x, None, lambda w, scale: (x, w, h, gain, scale, None), OPS["accumulate"])
     bias = normal(device, one.N) if SHAPES[name].qkv_bias and one.name == "qkv" else None
     squares, swiglu = squared(x), one.name.endswith("gate_up")
-    return Inputs(x, bias, lambda w, scale: (x, squares, w, 1e-6, swiglu, scale, bias, None), OPS["project"])
+    return Inputs(x, bias, lambda w, scale: (x, squares, w, 1e-6, swiglu, scale, bias), OPS["project"])
 
 
 def _matmul(name: str, one: Matmul, T: int, device: torch.device) -> Built:

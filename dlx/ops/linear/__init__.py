@@ -8,13 +8,11 @@ For h [T, K], gain g and a = h · g:
 
 a, h, y  [T, K]  bf16 or fp32       weight [N, K]  their dtype, or fp8 (e4m3) with a scale a channel: W = weight · scale
 gain [N]       squares [T, parts] f32, Σ squares = Σ h²       scale [N] f32 or None       bias b [N] or None
-live [T] i32 or None: where it is 0 or less the position is idle, and what would be computed for it is 0
 Work     2·T·N·K flops; reads weight once: bandwidth-bound for T ≤ 256
 Source   split-K with an ordered last-block reduction (stream-K's fix-up); programmatic dependent launch
 
 T is 256 at most; wider ones belong to cuBLAS. Weight, gain, scale and bias are parameters: they are read before the
-kernel before has ended, so no kernel in flight may write them. Nor `live`: what writes it must have been waited for by
-an earlier matmul, so the first one of a forward does without.
+kernel before has ended, so no kernel in flight may write them.
 
 `stream.py` is the kernel for sm_90, `tiles.py` the one for the rest.
 """
@@ -39,52 +37,49 @@ FP8 = torch.float8_e4m3fn
 
 def project_kernel(
     a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool, scale: Tensor | None = None,
-    bias: Tensor | None = None, live: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return run(int(swiglu), a, weight, squares, None, None, eps, scale, bias, live)[0]
+    return run(int(swiglu), a, weight, squares, None, None, eps, scale, bias)[0]
 
 
 def accumulate_kernel(
-    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
-    live: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return run(2, y, weight, None, h, gain, 0.0, scale, bias, live)
+    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run(2, y, weight, None, h, gain, 0.0, scale, bias)
 
 
 def project_fake(
     a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool, scale: Tensor | None = None,
-    bias: Tensor | None = None, live: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return a.new_empty(a.shape[0], weight.shape[0] // 2 if swiglu else weight.shape[0])
 
 
 def accumulate_fake(
-    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
-    live: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(h.dtype, torch.float32)
     return torch.empty_like(h), torch.empty_like(h), h.new_empty(h.shape[0], parts(h.shape[1]), dtype=wide)
 
 
 def project_check(
     a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool, scale: Tensor | None = None,
-    bias: Tensor | None = None, live: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check("project", a, weight, scale, bias, live)
+    _check("project", a, weight, scale, bias)
     need_tensor("project's squares", squares, (a.shape[0], parts(a.shape[1])), WIDE)
     need(not swiglu or weight.shape[0] % 2 == 0, "project's gate and up rows", weight.shape[0], "an even number")
 
 
 def accumulate_check(
-    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
-    live: Tensor | None = None,
-) -> None:  # fmt: skip
-    _check("accumulate", y, weight, scale, bias, live)
+    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> None:
+    _check("accumulate", y, weight, scale, bias)
     need_tensor("accumulate's h", h, (y.shape[0], weight.shape[0]), (y.dtype,))
     need_tensor("accumulate's gain", gain, (weight.shape[0],), FLOATS)
 
 
-def _check(op: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, live: Tensor | None) -> None:
+def _check(op: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
     need_tensor(f"{op}'s input", x, (None, None), FLOATS)
     need(x.shape[0] <= MOST_ROWS, f"{op}'s number of rows", x.shape[0], f"{MOST_ROWS} at most; F.linear takes more")
     need_tensor(f"{op}'s weight", weight, (None, x.shape[1]), (x.dtype, FP8))
@@ -94,8 +89,6 @@ def _check(op: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tenso
     need(weight.dtype != FP8 or scale is not None, f"{op}'s scale of an fp8 weight", scale, "a factor a channel")
     if bias is not None:
         need_tensor(f"{op}'s bias", bias, (weight.shape[0],), FLOATS)
-    if live is not None:
-        need_tensor(f"{op}'s live", live, (x.shape[0],), (torch.int32,))
 
 
 def project_cases() -> dict[str, tuple[Any, ...]]:
@@ -105,21 +98,17 @@ def project_cases() -> dict[str, tuple[Any, ...]]:
         "odd width, swiglu": _project_case(3, 96, 2 * 80, swiglu=True),
         "more rows than a tile": _project_case(70, 64, 128, swiglu=False),
         "bias": _project_case(4, 64, 96, swiglu=False, bias=True),
-        "idle positions, bias": _project_case(64, 64, 96, swiglu=False, bias=True, idle=True),
-        "idle positions, swiglu": _project_case(64, 128, 192, swiglu=True, idle=True),
         "fp8, swiglu, bias": _project_case(9, 128, 128, swiglu=True, bias=True, fp8=True),
     }
 
 
-def _project_case(
-    T: int, K: int, N: int, swiglu: bool, bias: bool = False, fp8: bool = False, idle: bool = False
-) -> tuple[Any, ...]:
+def _project_case(T: int, K: int, N: int, swiglu: bool, bias: bool = False, fp8: bool = False) -> tuple[Any, ...]:
     rng = torch.Generator().manual_seed(2)
     h = torch.randn(T, K, generator=rng)
     gain = 1 + 0.1 * torch.randn(K, generator=rng)
     weight, scale = _weight(N, K, fp8, rng)
     add = 0.3 * torch.randn(N, generator=rng) if bias else None
-    return h * gain, squared(h), weight, 1e-6, swiglu, scale, add, _live(T, idle)
+    return h * gain, squared(h), weight, 1e-6, swiglu, scale, add
 
 
 def accumulate_cases() -> dict[str, tuple[Any, ...]]:
@@ -127,27 +116,16 @@ def accumulate_cases() -> dict[str, tuple[Any, ...]]:
         "few rows": _accumulate_case(4, 256, 128),
         "odd widths": _accumulate_case(7, 80, 96),
         "more rows than a tile": _accumulate_case(70, 128, 64),
-        "idle positions": _accumulate_case(64, 128, 64, bias=True, idle=True),
         "fp8, bias": _accumulate_case(6, 128, 192, bias=True, fp8=True),
     }
 
 
-def _accumulate_case(
-    T: int, K: int, E: int, bias: bool = False, fp8: bool = False, idle: bool = False
-) -> tuple[Any, ...]:
+def _accumulate_case(T: int, K: int, E: int, bias: bool = False, fp8: bool = False) -> tuple[Any, ...]:
     rng = torch.Generator().manual_seed(3)
     weight, scale = _weight(E, K, fp8, rng)
     y, h = torch.randn(T, K, generator=rng), torch.randn(T, E, generator=rng)
     add = 0.3 * torch.randn(E, generator=rng) if bias else None
-    return y, weight, h, 1 + 0.1 * torch.randn(E, generator=rng), scale, add, _live(T, idle)
-
-
-def _live(T: int, idle: bool) -> Tensor | None:
-    """Keys seen by each position: the second half sees none, nor does one of the first."""
-    if not idle:
-        return None
-    at = torch.arange(T, dtype=torch.int32)
-    return torch.where((at < T // 2) & (at != 3), 7 + at, 0).int()
+    return y, weight, h, 1 + 0.1 * torch.randn(E, generator=rng), scale, add
 
 
 def _weight(N: int, K: int, fp8: bool, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -160,16 +138,15 @@ def _weight(N: int, K: int, fp8: bool, rng: torch.Generator) -> tuple[Tensor, Te
 
 def project_cost(
     a: Tensor, squares: Tensor, weight: Tensor, eps: float, swiglu: bool, scale: Tensor | None = None,
-    bias: Tensor | None = None, live: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Cost:  # fmt: skip
     out = a.shape[0] * weight.shape[0] // (2 if swiglu else 1)
     return Cost(2 * a.shape[0] * weight.numel(), weight.nbytes + (a.numel() + out) * a.element_size())
 
 
 def accumulate_cost(
-    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
-    live: Tensor | None = None,
-) -> Cost:  # fmt: skip
+    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Cost:
     return Cost(2 * y.shape[0] * weight.numel(), weight.nbytes + (y.numel() + 3 * h.numel()) * y.element_size())
 
 

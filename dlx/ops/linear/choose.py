@@ -17,15 +17,15 @@ SPARE_BYTES = 4 << 10  # of shared memory, for what a program exchanges among it
 
 def run(
     kind: int, x: Tensor, weight: Tensor, squares: Tensor | None, h: Tensor | None, gain: Tensor | None, eps: float,
-    scale: Tensor | None, bias: Tensor | None, live: Tensor | None,
+    scale: Tensor | None, bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """kind 0 projects, 1 with SwiGLU, 2 accumulates."""
     (T, K), N, limit = x.shape, weight.shape[0], shared_limit(x) - SPARE_BYTES
     if stream.takes(x, weight):
         config = choose_stream(kind, T, N, K, weight.element_size(), limit)
-        return stream.launch(kind, x, weight, squares, h, gain, eps, scale, bias, live, config)
+        return stream.launch(kind, x, weight, squares, h, gain, eps, scale, bias, config)
     config = choose_tiles(T, N, K, x.element_size(), weight.element_size(), processors(x), limit)
-    return tiles.launch(kind, x, weight, squares, h, gain, eps, scale, bias, live, config)
+    return tiles.launch(kind, x, weight, squares, h, gain, eps, scale, bias, config)
 
 
 @cache

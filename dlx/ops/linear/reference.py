@@ -35,7 +35,6 @@ def project(
     swiglu: bool,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    live: Tensor | None = None,
 ) -> Tensor:
     y = _product(a, weight, scale)
     y = y * torch.rsqrt(squares.to(y.dtype).sum(1, keepdim=True) / a.shape[1] + eps)
@@ -44,19 +43,14 @@ def project(
     if swiglu:
         gate, up = y.chunk(2, 1)
         y = F.silu(gate) * up
-    if live is not None:
-        y = y.masked_fill(live[:, None] <= 0, 0.0)
     return y.to(a.dtype).contiguous()
 
 
 def accumulate(
-    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
-    live: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y: Tensor, weight: Tensor, h: Tensor, gain: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     product = _product(y, weight, scale)
     if bias is not None:
         product = product + bias.to(product.dtype)
-    if live is not None:
-        product = product.masked_fill(live[:, None] <= 0, 0.0)
     out = (h.to(product.dtype) + product).to(h.dtype)
     return out, (out * gain).to(out.dtype), squared(out)

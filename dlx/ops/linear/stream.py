@@ -4,8 +4,7 @@
 
 A program owns `SUB` rows of the weight (of gate and of up with SwiGLU) and a share of the depth. The weight part of the
 ring is asked for before `gdc_wait`: weights are no kernel's output, so their first tiles travel while the kernel before
-still runs. `ahead` steps before its end a program lets the next kernel start. With `live`, 64 positions are two halves:
-if none of the second is live, its part of x is not fetched (a block that only commits is idle in most forwards).
+still runs. `ahead` steps before its end a program lets the next kernel start.
 
 Written in Gluon, Triton's dialect with explicit copies and layouts; `tiles.py` is the same in plain Triton, for every
 other device and dtype.
@@ -23,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, t
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.linear.ends import before, finish, summed
 from dlx.ops.linear.reference import parts
 from dlx.ops.op import launch_options, locks, power_of_two
 
@@ -32,30 +30,56 @@ GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4
 
 
 @gluon.jit
-def _expect(bar, want, both, BYTES: gl.constexpr, X_BYTES: gl.constexpr, HALVES: gl.constexpr):
-    """A stage of the ring is full after so many bytes; the second half of x is counted if it comes."""
-    if HALVES == 2:
-        mbarrier.expect(bar, BYTES + X_BYTES, want & both)
-        want = want & (both == 0)
-    mbarrier.expect(bar, BYTES, want)
+def _channel(acc, row, rows, scale_ptr, bias_ptr, norm, SCALE: gl.constexpr, BIAS: gl.constexpr):
+    """acc [SUB, BT] · scale of the channel · norm of the position + bias of the channel."""
+    if SCALE:
+        acc = acc * gl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+    acc = acc * norm[None, :]
+    if BIAS:
+        acc = acc + gl.load(bias_ptr + row, mask=row < rows, other=0.0).to(gl.float32)[:, None]
+    return acc
 
 
 @gluon.jit
-def _fetch(x_desc, deep, k, bar, x, stage, want, both, BT: gl.constexpr, HALVES: gl.constexpr):
-    """Ask for the part of x that a stage of the ring holds."""
-    tma.async_copy_global_to_shared(x_desc, [deep * BT * HALVES, k], bar, x.index(stage * HALVES), want)
-    if HALVES == 2:
-        row = deep * BT * HALVES + BT
-        tma.async_copy_global_to_shared(x_desc, [row, k], bar, x.index(stage * HALVES + 1), want & both)
+def _finish(
+    acc, up, h, gain, tile, t, norm, scale_ptr, bias_ptr, out_ptr, scaled_ptr, sums_ptr, T, N, PARTS,
+    SUB: gl.constexpr, KIND: gl.constexpr, SCALE: gl.constexpr, BIAS: gl.constexpr, FLAT: gl.constexpr,
+):  # fmt: skip
+    i = gl.arange(0, SUB, layout=gl.SliceLayout(1, FLAT))
+    n = tile * SUB + i
+    ok = t < T
+    out_type = out_ptr.dtype.element_ty
+    if KIND == 1:
+        half = N // 2
+        inside = ok[None, :] & (n < half)[:, None]
+        gate = _channel(acc, n, half, scale_ptr, bias_ptr, norm, SCALE, BIAS)
+        up = _channel(up, n, half, scale_ptr + half, bias_ptr + half, norm, SCALE, BIAS)
+        z = gate / (1.0 + gl.exp(-gate)) * up
+        gl.store(out_ptr + t[None, :] * half + n[:, None], z.to(out_type), mask=inside)
+    else:
+        at = t[None, :] * N + n[:, None]
+        inside = ok[None, :] & (n < N)[:, None]
+        y = _channel(acc, n, N, scale_ptr, bias_ptr, norm, SCALE, BIAS)
+        if KIND == 0:
+            gl.store(out_ptr + at, y.to(out_type), mask=inside)
+        else:
+            new = (h.to(gl.float32) + y).to(out_type)
+            gl.store(out_ptr + at, new, mask=inside)
+            wide = gl.where(inside, new.to(gl.float32), 0.0)
+            gl.store(scaled_ptr + at, (wide * gain.to(gl.float32)[:, None]).to(out_type), mask=inside)
+            for part in gl.static_range(SUB // 64):
+                sums = gl.sum(gl.where((i // 64 == part)[:, None], wide * wide, 0.0), 0)
+                entry = tile * (SUB // 64) + part
+                gl.store(sums_ptr + t * PARTS + entry, sums, mask=ok & (entry < PARTS))
 
 
 @gluon.jit
 def _linear_stream(
-    w_desc, x_desc, squares_ptr, live_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr,
-    part_ptr, lock_ptr, T, N, K, PARTS, eps, SPLITS,
-    SUB: gl.constexpr, BT: gl.constexpr, HALVES: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, BP: gl.constexpr, SPLIT: gl.constexpr, KIND: gl.constexpr, SCALE: gl.constexpr,
-    BIAS: gl.constexpr, LIVE: gl.constexpr, FP8: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    w_desc, x_desc, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr, part_ptr,
+    lock_ptr, T, N, K, PARTS, eps, SPLITS,
+    SUB: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    BP: gl.constexpr, SPLIT: gl.constexpr, KIND: gl.constexpr, SCALE: gl.constexpr, BIAS: gl.constexpr,
+    FP8: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     tile = gl.program_id(0)
     split = gl.program_id(1)
@@ -71,50 +95,44 @@ def _linear_stream(
     FLAT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
     NORM: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
     NACC: gl.constexpr = 2 if KIND == 1 else 1
-    X_BYTES: gl.constexpr = BT * 2 * BK
-    BYTES: gl.constexpr = NACC * SUB * (1 if FP8 else 2) * BK + X_BYTES
+    BYTES: gl.constexpr = (NACC * SUB * (1 if FP8 else 2) + BT * 2) * BK
     steps = gl.cdiv(K, BK)
     low = split * steps // SPLITS
     count = (split + 1) * steps // SPLITS - low
     first = low * BK
-    n = tile * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(1, FLAT))
-    t = deep * BT * HALVES + gl.arange(0, BT, layout=gl.SliceLayout(0, FLAT))
     w = gl.allocate_shared_memory(w_desc.dtype, [STAGES * NACC, SUB, BK], w_desc.layout)
-    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * HALVES, BT, BK], x_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BT, BK], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    both = False  # whether a position of the second half is live
-    if HALVES == 2:  # loads of one number each: a reduction would cost more than it saves
-        both = gl.load(live_ptr + deep * BT * 2 + BT, mask=deep * BT * 2 + BT < T, other=0) > 0
-        for i in gl.static_range(1, BT):
-            row = deep * BT * 2 + BT + i
-            both = both | (gl.load(live_ptr + row, mask=row < T, other=0) > 0)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(STAGES):
+        mbarrier.expect(full.index(i), BYTES, i < count)
         for j in gl.static_range(NACC):
             row = tile * SUB + j * (N // 2)
             into = w.index(i * NACC + j)
             tma.async_copy_global_to_shared(w_desc, [row, first + i * BK], full.index(i), into, i < count)
+    n = tile * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(1, FLAT))
+    t = deep * BT + gl.arange(0, BT, layout=gl.SliceLayout(0, FLAT))
+    h = n
     gain = n
     if KIND == 2:
         gain = gl.load(gain_ptr + n, mask=n < N, other=0.0)
     if PDL:
         gdc_wait()
+    if KIND == 2:
+        h = gl.load(h_ptr + t[None, :] * N + n[:, None], mask=(t < T)[None, :] & (n < N)[:, None], other=0.0)
     for i in gl.static_range(STAGES):
-        _expect(full.index(i), i < count, both, BYTES, X_BYTES, HALVES)
-        _fetch(x_desc, deep, first + i * BK, full.index(i), x, i, i < count, both, BT, HALVES)
-    h, norm, alive = before(squares_ptr, live_ptr, h_ptr, t, n, T, N, K, PARTS, eps, BT, BP, KIND, LIVE, NORM, FLAT)
-    h1 = h
-    norm1 = norm
-    alive1 = alive
-    if HALVES == 2:
-        h1, norm1, alive1 = before(
-            squares_ptr, live_ptr, h_ptr, t + BT, n, T, N, K, PARTS, eps, BT, BP, KIND, LIVE, NORM, FLAT
-        )
+        tma.async_copy_global_to_shared(x_desc, [deep * BT, first + i * BK], full.index(i), x.index(i), i < count)
+    if KIND == 2:
+        norm = gl.full([BT], 1.0, gl.float32, layout=gl.SliceLayout(0, FLAT))
+    else:
+        row = deep * BT + gl.arange(0, BT, layout=gl.SliceLayout(1, NORM))
+        p = gl.arange(0, BP, layout=gl.SliceLayout(0, NORM))
+        inside = (row < T)[:, None] & (p < PARTS)[None, :]
+        squares = gl.load(squares_ptr + row[:, None] * PARTS + p[None, :], mask=inside, other=0.0)
+        norm = gl.convert_layout(gl.rsqrt(gl.sum(squares, 1) / K + eps), gl.SliceLayout(0, FLAT))
     acc = gl.zeros([SUB, BT], gl.float32, layout=ACC)
     acc_up = gl.zeros([SUB, BT], gl.float32, layout=ACC)
-    acc1 = gl.zeros([SUB, BT], gl.float32, layout=ACC)  # of the second half
-    acc1_up = gl.zeros([SUB, BT], gl.float32, layout=ACC)
     trigger = gl.maximum(count - AHEAD, 0)
     for step in range(count):
         if PDL:  # noqa: SIM102  (PDL is known when the kernel is compiled, step is not)
@@ -123,86 +141,61 @@ def _linear_stream(
         stage = step % STAGES
         here = full.index(stage)
         mbarrier.wait(here, (step // STAGES) & 1)
-        right = x.index(stage * HALVES).permute((1, 0))
+        right = x.index(stage).permute((1, 0))
         if FP8 and BT <= 16:
             right = right.load(B)
             acc = mma_v2(w.index(stage * NACC).load(A).to(x_desc.dtype), right, acc)
             if NACC == 2:
                 acc_up = mma_v2(w.index(stage * NACC + 1).load(A).to(x_desc.dtype), right, acc_up)
         else:
-            if FP8:  # noqa: SIM108  (a constant)
+            if FP8:
                 left = w.index(stage * NACC).load(A).to(x_desc.dtype)
+                acc = warpgroup_mma(left, right, acc, is_async=True)
+                if NACC == 2:
+                    left = w.index(stage * NACC + 1).load(A).to(x_desc.dtype)
+                    acc_up = warpgroup_mma(left, right, acc_up, is_async=True)
             else:
-                left = w.index(stage * NACC)
-            acc = warpgroup_mma(left, right, acc, is_async=True)
-            if HALVES == 2:
-                right1 = x.index(stage * HALVES + 1).permute((1, 0))
-                acc1 = warpgroup_mma(left, right1, acc1, is_async=True)
+                acc = warpgroup_mma(w.index(stage * NACC), right, acc, is_async=True)
+                if NACC == 2:
+                    acc_up = warpgroup_mma(w.index(stage * NACC + 1), right, acc_up, is_async=True)
             if NACC == 2:
-                if FP8:  # noqa: SIM108
-                    left_up = w.index(stage * NACC + 1).load(A).to(x_desc.dtype)
-                else:
-                    left_up = w.index(stage * NACC + 1)
-                acc_up = warpgroup_mma(left_up, right, acc_up, is_async=True)
-                if HALVES == 2:
-                    acc1_up = warpgroup_mma(left_up, right1, acc1_up, is_async=True)
-            if NACC == 2 and HALVES == 2:
-                acc, acc_up, acc1, acc1_up = warpgroup_mma_wait(0, deps=(acc, acc_up, acc1, acc1_up))
-            elif NACC == 2:
                 acc, acc_up = warpgroup_mma_wait(0, deps=(acc, acc_up))
-            elif HALVES == 2:
-                acc, acc1 = warpgroup_mma_wait(0, deps=(acc, acc1))
             else:
                 acc = warpgroup_mma_wait(0, deps=(acc,))
         more = step + STAGES < count
         k = first + (step + STAGES) * BK
-        _expect(here, more, both, BYTES, X_BYTES, HALVES)
+        mbarrier.expect(here, BYTES, more)
         for j in gl.static_range(NACC):
             tma.async_copy_global_to_shared(
                 w_desc, [tile * SUB + j * (N // 2), k], here, w.index(stage * NACC + j), more
             )
-        _fetch(x_desc, deep, k, here, x, stage, more, both, BT, HALVES)
+        tma.async_copy_global_to_shared(x_desc, [deep * BT, k], here, x.index(stage), more)
     total = gl.convert_layout(acc, FLAT)
     total_up = gl.convert_layout(acc_up, FLAT)
-    total1 = total
-    total1_up = total
-    if HALVES == 2:
-        total1 = gl.convert_layout(acc1, FLAT)
-        total1_up = gl.convert_layout(acc1_up, FLAT)
-    last = True
-    if SPLIT:
+    if not SPLIT:
+        _finish(total, total_up, h, gain, tile, t, norm, scale_ptr, bias_ptr, out_ptr, scaled_ptr, sums_ptr, T, N,
+                PARTS, SUB, KIND, SCALE, BIAS, FLAT)  # fmt: skip
+    else:
         # whoever comes last adds the splits up, in their order: the same bits every time
         SIZE: gl.constexpr = SUB * BT
-        ALL: gl.constexpr = HALVES * NACC * SIZE
-        cell = gl.arange(0, BT, layout=gl.SliceLayout(0, FLAT))[None, :] * SUB
-        cell = cell + gl.arange(0, SUB, layout=gl.SliceLayout(1, FLAT))[:, None]
+        cell = (t - deep * BT)[None, :] * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(1, FLAT))[:, None]
         lock = lock_ptr + deep * gl.num_programs(0) + tile
-        slab = part_ptr + (deep * gl.num_programs(0) + tile).to(gl.int64) * SPLITS * ALL
-        mine = slab + split * ALL + cell
-        gl.store(mine, total)
+        slab = part_ptr + (deep * gl.num_programs(0) + tile).to(gl.int64) * SPLITS * (NACC * SIZE)
+        gl.store(slab + split * (NACC * SIZE) + cell, total)
         if NACC == 2:
-            gl.store(mine + SIZE, total_up)
-        if HALVES == 2:
-            gl.store(mine + NACC * SIZE, total1)
-            if NACC == 2:
-                gl.store(mine + (NACC + 1) * SIZE, total1_up)
+            gl.store(slab + split * (NACC * SIZE) + SIZE + cell, total_up)
         barrier()
-        last = gl.atomic_add(lock, 1, sem="acq_rel") == SPLITS - 1
-        if last:
-            total = summed(slab, cell, SPLITS, ALL, SUB, BT, FLAT)
-            if NACC == 2:
-                total_up = summed(slab + SIZE, cell, SPLITS, ALL, SUB, BT, FLAT)
-            if HALVES == 2:
-                total1 = summed(slab + NACC * SIZE, cell, SPLITS, ALL, SUB, BT, FLAT)
+        arrived = gl.atomic_add(lock, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            total = gl.zeros([SUB, BT], gl.float32, layout=FLAT)
+            total_up = gl.zeros([SUB, BT], gl.float32, layout=FLAT)
+            for other in range(SPLITS):
+                total += gl.load(slab + other * (NACC * SIZE) + cell, cache_modifier=".cg")
                 if NACC == 2:
-                    total1_up = summed(slab + (NACC + 1) * SIZE, cell, SPLITS, ALL, SUB, BT, FLAT)
+                    total_up += gl.load(slab + other * (NACC * SIZE) + SIZE + cell, cache_modifier=".cg")
             gl.store(lock, 0)
-    if last:
-        finish(total, total_up, h, gain, tile, t, norm, alive, scale_ptr, bias_ptr, out_ptr, scaled_ptr, sums_ptr, T,
-                N, PARTS, SUB, KIND, SCALE, BIAS, FLAT)  # fmt: skip
-        if HALVES == 2:
-            finish(total1, total1_up, h1, gain, tile, t + BT, norm1, alive1, scale_ptr, bias_ptr, out_ptr,
-                    scaled_ptr, sums_ptr, T, N, PARTS, SUB, KIND, SCALE, BIAS, FLAT)  # fmt: skip
+            _finish(total, total_up, h, gain, tile, t, norm, scale_ptr, bias_ptr, out_ptr, scaled_ptr, sums_ptr, T, N,
+                    PARTS, SUB, KIND, SCALE, BIAS, FLAT)  # fmt: skip
 
 
 class Stream(NamedTuple):
@@ -247,13 +240,12 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def launch(
     kind: int, x: Tensor, weight: Tensor, squares: Tensor | None, h: Tensor | None, gain: Tensor | None, eps: float,
-    scale: Tensor | None, bias: Tensor | None, live: Tensor | None, config: Stream,
+    scale: Tensor | None, bias: Tensor | None, config: Stream,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernel under an explicit configuration; kind 0 projects, 1 with SwiGLU, 2 accumulates."""
     T, K = x.shape
     N = weight.shape[0]
     BT, SUB, BK = rows_of(T), config.SUB, config.BK
-    halves = 2 if live is not None and BT == 64 else 1
     width = N // 2 if kind == 1 else N
     tiles, deep = -(-width // SUB), -(-T // BT)
     out = torch.empty(T, width, device=x.device, dtype=x.dtype)
@@ -267,11 +259,10 @@ def launch(
     count = parts(N) if squares is None else squares.shape[1]
     pdl, options = launch_options(x)
     _linear_stream[(tiles, config.splits, deep)](
-        descriptor(weight, SUB, BK), descriptor(x, BT // halves, BK), out if squares is None else squares,
-        out if live is None else live, out if scale is None else scale, out if bias is None else bias,
-        out if h is None else h, out if gain is None else gain, out, scaled, sums, part, locks(x.device),
-        T, N, K, count, eps, config.splits, SUB, BT // halves, halves, BK, config.stages, config.ahead,
-        power_of_two(count), config.splits > 1, kind, scale is not None, bias is not None, live is not None,
-        weight.dtype == torch.float8_e4m3fn, SUB // 16, pdl, num_warps=SUB // 16, **options,
+        descriptor(weight, SUB, BK), descriptor(x, BT, BK), out if squares is None else squares,
+        out if scale is None else scale, out if bias is None else bias, out if h is None else h,
+        out if gain is None else gain, out, scaled, sums, part, locks(x.device), T, N, K, count, eps, config.splits,
+        SUB, BT, BK, config.stages, config.ahead, power_of_two(count), config.splits > 1, kind, scale is not None,
+        bias is not None, weight.dtype == torch.float8_e4m3fn, SUB // 16, pdl, num_warps=SUB // 16, **options,
     )  # fmt: skip
     return out, scaled, sums

@@ -27,13 +27,10 @@ def _channel(acc, row, real, scale_ptr, bias_ptr, norm, SCALE: tl.constexpr, BIA
 
 @triton.jit
 def _finish(
-    acc, tile, n, real, t, ok, squares_ptr, live_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr,
-    sums_ptr, N, K, PARTS, eps, BT: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, KIND: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, LIVE: tl.constexpr,
+    acc, tile, n, real, t, ok, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr,
+    N, K, PARTS, eps, BT: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, KIND: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    alive = ok
-    if LIVE:
-        alive = tl.load(live_ptr + t, mask=ok, other=0) > 0
     norm = tl.full([BT], 1.0, tl.float32)
     if KIND < 2:
         p = tl.arange(0, BP)
@@ -44,14 +41,13 @@ def _finish(
     y = _channel(acc, n, real, scale_ptr, bias_ptr, norm, SCALE, BIAS)
     if KIND == 1:  # rows of the tile: BN / 2 of the gate, then as many of up
         gate, up = tl.split(tl.permute(tl.reshape(y, (2, BN // 2, BT)), (1, 2, 0)))
-        z = tl.where(alive[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
+        z = gate / (1.0 + tl.exp(-gate)) * up
         n = tile * (BN // 2) + tl.arange(0, BN // 2)
         at = t[None, :] * (N // 2) + n[:, None]
         tl.store(out_ptr + at, z.to(out_ptr.dtype.element_ty), mask=ok[None, :] & (n < N // 2)[:, None])
     else:
         at = t[None, :] * N + n[:, None]
         inside = ok[None, :] & real[:, None]
-        y = tl.where(alive[None, :], y, 0.0)
         if KIND == 0:
             tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
         else:
@@ -68,11 +64,11 @@ def _finish(
 
 @triton.jit
 def _linear_tiles(
-    x_ptr, w_ptr, squares_ptr, live_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr,
-    part_ptr, lock_ptr, T, N, K, PARTS, eps, SPLITS,
+    x_ptr, w_ptr, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr, sums_ptr, part_ptr, lock_ptr,
+    T, N, K, PARTS, eps, SPLITS,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, SPLIT: tl.constexpr, KIND: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, LIVE: tl.constexpr, FP8: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -111,8 +107,8 @@ def _linear_tiles(
             w = w.to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision="ieee" if EXACT else "tf32")
     if not SPLIT:
-        _finish(acc, tile, n, real, t, ok, squares_ptr, live_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr,
-                scaled_ptr, sums_ptr, N, K, PARTS, eps, BT, BN, BP, KIND, SCALE, BIAS, LIVE)  # fmt: skip
+        _finish(acc, tile, n, real, t, ok, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr, scaled_ptr,
+                sums_ptr, N, K, PARTS, eps, BT, BN, BP, KIND, SCALE, BIAS)  # fmt: skip
     else:
         # whoever comes last adds the splits up, in their order: the same bits every time
         cell = i[:, None] * BT + tl.arange(0, BT)[None, :]
@@ -126,8 +122,8 @@ def _linear_tiles(
             for s in range(SPLITS):
                 total += tl.load(slab + s * BN * BT + cell, cache_modifier=".cg")
             tl.store(lock, 0)
-            _finish(total, tile, n, real, t, ok, squares_ptr, live_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr,
-                    scaled_ptr, sums_ptr, N, K, PARTS, eps, BT, BN, BP, KIND, SCALE, BIAS, LIVE)  # fmt: skip
+            _finish(total, tile, n, real, t, ok, squares_ptr, scale_ptr, bias_ptr, h_ptr, gain_ptr, out_ptr,
+                    scaled_ptr, sums_ptr, N, K, PARTS, eps, BT, BN, BP, KIND, SCALE, BIAS)  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -152,7 +148,7 @@ def shared_bytes(config: Tiles, T: int, itemsize: int, w_itemsize: int) -> int:
 
 def launch(
     kind: int, x: Tensor, weight: Tensor, squares: Tensor | None, h: Tensor | None, gain: Tensor | None, eps: float,
-    scale: Tensor | None, bias: Tensor | None, live: Tensor | None, config: Tiles,
+    scale: Tensor | None, bias: Tensor | None, config: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernel under an explicit configuration; kind 0 projects, 1 with SwiGLU, 2 accumulates."""
     T, K = x.shape
@@ -170,12 +166,11 @@ def launch(
     pdl, options = launch_options(x)
     even = K % config.BK == 0 and N % (2 * BN) == 0
     _linear_tiles[(tiles, config.splits, deep)](
-        x, weight, out if squares is None else squares, out if live is None else live,
-        out if scale is None else scale, out if bias is None else bias,
-        out if h is None else h, out if gain is None else gain,
+        x, weight, out if squares is None else squares, out if scale is None else scale,
+        out if bias is None else bias, out if h is None else h, out if gain is None else gain,
         out, scaled, sums, part, locks(x.device), T, N, K, count, eps, config.splits,
         BT, BN, config.BK, power_of_two(count), config.splits > 1, kind, scale is not None, bias is not None,
-        live is not None, weight.dtype != x.dtype, even, pdl, x.dtype == torch.float32, not x.is_cuda,
+        weight.dtype != x.dtype, even, pdl, x.dtype == torch.float32, not x.is_cuda,
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out, scaled, sums
