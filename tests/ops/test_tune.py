@@ -71,6 +71,12 @@ def test_when_time_is_over_the_best_so_far_is_given() -> None:
     assert search(ask(), cost, time.monotonic() - 1) == (CODE, {CODE: cost(CODE)})
 
 
+def test_a_search_begins_at_what_is_recorded_if_that_is_faster() -> None:
+    known = Launch(32, 4, 8)
+    assert search(ask(), cost, time.monotonic() - 1, known)[0] == known
+    assert search(ask(), cost, time.monotonic() - 1, Launch(256, 32, 1))[0] == CODE
+
+
 def test_neighbours_differ_in_one_field() -> None:
     assert neighbours(CODE, "BN") == [CODE._replace(BN=32), CODE._replace(BN=128)]
     assert neighbours(CODE, "fused") == [CODE._replace(fused=True)]
@@ -158,7 +164,7 @@ def test_the_code_stays_where_nothing_is_clearly_faster(
     monkeypatch.setattr(linear, "choose_launch", choose_launch, raising=False)
     monkeypatch.setattr(tune, "captured", lambda call, copies, n: call(0))
     monkeypatch.setattr(tune, "turns", timings(10.0, best_us))
-    monkeypatch.setattr(tune, "search", lambda ask, took, deadline: (Launch(32, 4, 8), {}))
+    monkeypatch.setattr(tune, "search", lambda *_: (Launch(32, 4, 8), {}))
     case: Any = type("Case", (), {"build": lambda self, device: Built(own, {}, 2, Cost(0, 1000))})()
     ((question, _, best),) = tune.tune(case, torch.device("cpu"), set(), forever())
     assert question.key == (8, 512)
