@@ -83,12 +83,12 @@ def calls(at: Stand) -> list[Call]:
     return noted.found
 
 
-def touched(at: Stand, forwards: int) -> dict[str, Any] | None:
-    """How many experts a forward reads in each layer that has any, mean of these forwards; None for a dense network."""
+def touched(at: Stand, launches: int) -> dict[str, Any] | None:
+    """How many experts a forward reads in each layer that has any, mean of these launches; None for a dense network."""
     mixture = at.worker.card.mixture
     if mixture is None:
         return None
-    read = [call.distinct for _ in range(forwards) for call in calls(at) if call.distinct is not None]
+    read = [call.distinct for _ in range(launches) for call in calls(at) if call.distinct is not None]
     M = at.worker.card.layers - mixture.dense
     layers = [sum(read[i::M]) / len(read[i::M]) for i in range(M)]
     return {"mean": sum(layers) / M, "of": mixture.experts + mixture.joined, "layers": layers}

@@ -22,7 +22,7 @@ from dlx.provenance import provenance
 
 FITS = 0.9  # of a GPU's memory, that weights may take
 KEPT = ("graphs", "scene", "ms_per_forward", "floor_bytes", "floor_ms", "ratio", "experts_touched", "floor_note",
-        "read_gbps", "graphs_s", "peak_gib")  # fmt: skip
+        "tokens_per_forward", "read_gbps", "graphs_s", "peak_gib")  # fmt: skip
 
 
 def child() -> None:

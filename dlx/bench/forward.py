@@ -100,7 +100,8 @@ def decoding(worker: Worker, scene: Scene, steps: int, bandwidth: float) -> dict
     at.rewind()
     alone = intervals(at.turn, steps, worker.device, WARM) if forwards > 1 else sent
     at.rewind()
-    read = touched(at, min(8, math.ceil(scene.blocks * scene.block / scene.accept)))  # those of a block, at most 8
+    some = min(8, math.ceil(scene.blocks * scene.block / scene.accept))  # forwards of a block, at most 8
+    read = touched(at, max(1, some // forwards))
     need = floor_bytes(worker, tokens, scene.requests, None if read is None else read["mean"])
     done = decode(at, launches)
     at.rewind()

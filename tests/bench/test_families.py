@@ -15,12 +15,14 @@ from dlx.bench.calls import touched
 from dlx.bench.families import decoded, loaded
 from dlx.bench.prompts import prefill_flops
 from dlx.bench.report import sentence
+from dlx.config import bind
+from dlx.graphs.policies import POLICIES
 from dlx.models.card import Card
 from tests import families, gemma
 from tools import families as tool
 
 CPU = How(graphs="off", device="cpu")
-NAMES = [*families.FAMILIES, "diffusion_gemma"]
+NAMES = [*sorted(set(families.FAMILIES) - {"diffucoder", "fast_dllm_v2_tied"}), "diffusion_gemma"]
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 
 
@@ -58,6 +60,7 @@ def test_every_family_is_timed_prefilled_and_answers(tmp_path: Path, name: str) 
     is_canvas = name == "diffusion_gemma"
     assert run["ms_per_forward"]["n"] == 3 and run["ratio"] > 0
     assert run["answer"]["tokens"] == 12 and (is_canvas or run["answer"]["nfe"] >= 6)  # two a forward
+    assert is_canvas or run["tokens_per_forward"] == 2.0
     assert (run["experts_touched"] is None) == (here.card().mixture is None)
     assert (run["floor_note"] is not None) == is_canvas
     assert run["prefill"]["tokens"] == 40 and run["prefill"]["flops"]["matmuls"] > 0
@@ -127,6 +130,11 @@ def test_a_canvas_says_by_what_it_was_decoded(tmp_path: Path) -> None:
     assert "reads it" in sentence(record) and "experts a layer" in sentence(record)
 
 
+def test_a_loop_counts_the_experts_of_its_forwards(tmp_path: Path) -> None:
+    record = latency(scene(tmp_path, "sdar_moe"), CPU._replace(forwards=6), 6, "python bench")
+    assert 3 <= record["experts_touched"]["mean"] <= 8
+
+
 def test_throughput_counts_the_experts_that_are_read(tmp_path: Path) -> None:
     record = throughput(scene(tmp_path, "sdar_moe", requests=3), CPU, 8, 2, "python bench")
     assert record["tokens"] == 24 and 3 <= record["experts_touched"]["mean"] <= 8
@@ -140,7 +148,9 @@ def test_the_tools_know_every_published_shape() -> None:
     for path in tool.SHAPES.glob("*.json"):
         block = Card.from_hf(json.loads(path.read_text()), {}).blocks[0]
         assert Scene(path, block, 64, 1, 4).card().blocks == (block,)
-        assert Scene(path, 2 * block, 64, 1, 4).card().blocks[0] == 2 * block
+        here = Scene(path, block // 2, 64, 1, 4)
+        assert here.card().blocks[0] == block // 2
+        assert bind(here.policy(), here.card(), None).canvas == POLICIES[here.card().policy].canvas
 
 
 @pytest.mark.parametrize("name", ["llada", "llada2", "diffusion_gemma"])
