@@ -77,7 +77,7 @@ def convert(
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
-        _write(fresh, (tensors(param) for param in params), shard_bytes)
+        save(fresh, (tensors(param) for param in params), shard_bytes)
         for path in (path for pattern in COPIED for path in sorted(model.glob(pattern))):
             if path.name not in ("config.json", weights.INDEX):
                 shutil.copyfile(weights.inside(path), fresh / path.name)
@@ -105,7 +105,7 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return widest
 
 
-def _write(folder: Path, parts: Iterator[Mapping[str, Tensor]], shard_bytes: int) -> None:
+def save(folder: Path, parts: Iterator[Mapping[str, Tensor]], shard_bytes: int) -> None:
     """Safetensors of `shard_bytes` at most, or of one parameter; an index if they are several."""
     files: list[Path] = []
     index: dict[str, int] = {}

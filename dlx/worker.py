@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlx import weights
 from dlx.config import Config, bind, geometry
-from dlx.errors import CapacityError, ModelError
+from dlx.errors import CapacityError, ConfigError, ModelError
 from dlx.graphs import buffer, canvas, loop, prefill, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
@@ -164,6 +164,10 @@ class Worker:
         kind, config = family(self.card.arch), self.config
         places = kind.places(self.card)
         deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
+        if config.adapters and self.card.gemma is not None:
+            raise ConfigError(
+                f"adapters={list(config.adapters)} cannot be kept apart in {self.card.family}; merge one: lora=FOLDER"
+            )
         adapters = [weights.Adapter.open(path, places) for path in config.adapters.values()]
         net = kind.build(self.card, self.device, config.torch_dtype)
         params = dict(net.named_parameters())

@@ -1,4 +1,4 @@
-"""Write the README's table of ops from the records of `python -m dlx.ops.bench --json profiles/ops`.
+"""Write the README's tables: of ops from the records in profiles/ops, of families from those in profiles/runs.
 
 python tools/readme.py          rewrites what stands between the marks
 python tools/readme.py --check  says whether it is stale, and exits with 1 if it is
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- ops:begin, by tools/readme.py -->", "<!-- ops:end -->"
+MARKS = "<!-- {}:begin, by tools/readme.py -->", "<!-- {}:end -->"
 NONE = "No record yet: `python -m dlx.ops.bench --json profiles/ops` on a GPU writes them.\n"
+NO_FAMILY = "No record yet: `python tools/families.py --json profiles/runs/GPU/families.json` on a GPU writes it.\n"
+COLUMNS = ("G parameters", "block", "ms a forward", "floor", "÷ floor", "experts a layer", "prefill, ms", "peak GiB")
 
 Record = dict[str, Any]
 # what a table says of an op; ops in this order
@@ -94,6 +96,49 @@ def cases(record: Record) -> dict[str, str]:
     return cells
 
 
+def families(folder: Path, root: Path = ROOT) -> str:
+    """What the README shows of <folder>/<gpu>/families.json: a line a shape; links are relative to `root`."""
+    parts = []
+    for path in sorted(folder.glob("*/families.json")):
+        runs: dict[str, Record] = json.loads(path.read_text())["runs"]
+        timed = [run for run in runs.values() if "ms_per_forward" in run]
+        if path.parent.name == "cpu" or not timed:
+            continue
+        context, made = timed[0]["scene"]["context"], [run["made"] for run in timed]
+        parts.append(
+            f"{made[0]['machine']}, [records]({path.relative_to(root).as_posix()}): one request behind {context} "
+            f"tokens, {span(run['read_gbps'] / 1e3 for run in timed)} TB/s read in the same runs. {versions(made)}.\n"
+        )
+        lines = [row("shape", COLUMNS), row("---", ["---:"] * len(COLUMNS))]
+        parts.append("\n".join([*lines, *(row(name, one(runs[name])) for name in sorted(runs))]) + "\n")
+        loads = {name: run["load"] for name, run in runs.items() if "load" in run}
+        parts += [
+            f"Loading a checkpoint of {name}'s shape, just written ({load['bytes'] / 1e9:.1f} GB, {load['tensors']:,} "
+            f"tensors in {load['files']} files): {load['load_s']:.1f} s, {load['gbps']:.2f} GB/s.\n"
+            for name, load in sorted(loads.items())
+        ]
+    return "\n".join(parts) or NO_FAMILY
+
+
+def one(run: Record) -> list[str]:
+    """The cells of a family."""
+    said = [f"{run['parameters'] / 1e9:.2f}" if "parameters" in run else ""]
+    if "ms_per_forward" not in run:
+        why = f"{run['needs_bytes'] / 1e9:.0f} GB of weights do not fit" if "needs_bytes" in run else "failed"
+        return [*said, "", why if "load" not in run else "", *[""] * 5]
+    experts = run["experts_touched"]
+    return [
+        *said,
+        f"canvas of {run['scene']['block']}" if run["floor_note"] else str(run["scene"]["block"]),
+        f"{run['ms_per_forward']['p50']:.2f}",
+        f"{run['floor_ms']:.2f}",
+        f"{run['ratio']:.2f}",
+        f"{experts['mean']:.1f} of {experts['of']}" if experts else "",
+        f"{run['prefill']['ms']['p50']:.1f}",
+        f"{run['peak_gib']:.1f}",
+    ]
+
+
 def span(values: Iterable[float], digits: int = 2) -> str:
     """The extremes of some numbers, or the one that they all are."""
     said = sorted({f"{value:.{digits}f}" for value in values}, key=float)
@@ -106,20 +151,22 @@ def versions(made: Sequence[Record]) -> str:
     return f"Torch {', '.join(torch)}, Triton {', '.join(triton)}, {', '.join(dates)}"
 
 
-def filled(readme: str, block: str) -> str:
-    """The README with the block between its marks."""
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{block}{END}{tail}"
+def filled(readme: str, name: str, block: str) -> str:
+    """The README with the block between the marks of that name."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    head, rest = readme.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{block}{end}{tail}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the table is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
     args = parser.parse_args(argv)
     readme = ROOT / "README.md"
     before = readme.read_text()
-    after = filled(before, tables(ROOT / "profiles" / "ops"))
+    after = filled(before, "ops", tables(ROOT / "profiles" / "ops"))
+    after = filled(after, "families", families(ROOT / "profiles" / "runs"))
     if args.check:
         print("README.md is up to date" if after == before else "README.md is stale: run python tools/readme.py")
         return int(after != before)

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlx.bench.scene import How, Scene
+from dlx.bench.scene import How, Scene, published
 from dlx.errors import ConfigError
+from dlx.models.card import Card
 
 
 def add_scene(parser: argparse.ArgumentParser) -> None:
     """What is measured."""
     parser.add_argument("--shape", default="sdar-8b", help="a name of tools/shapes, or a checkpoint's folder")
-    parser.add_argument("--block", type=int, default=4, help="tokens a block")
+    parser.add_argument("--block", type=int, help="tokens a block; else as many as the shape was trained for")
     parser.add_argument("--blocks", type=int, default=1, help="blocks of a row that decode at once")
     parser.add_argument("--context", type=int, default=1024, help="tokens before the answer")
     parser.add_argument("--requests", type=int, default=1)
@@ -37,9 +38,11 @@ def scene(args: argparse.Namespace, shapes: Path) -> Scene:
     """What `add_scene` was given. Raises ConfigError for what cannot be."""
     for name in ("block", "blocks", "context", "requests", "accept"):
         value = getattr(args, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"--{name} {value} is not allowed; use 1 or more")
-    return Scene(shape(args.shape, shapes), args.block, args.context, args.requests, args.accept, args.blocks)
+    where = shape(args.shape, shapes)
+    block = args.block or Card.from_hf(published(where), {}).blocks[0]
+    return Scene(where, block, args.context, args.requests, args.accept, args.blocks)
 
 
 def shape(name: str, shapes: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dlx.bench.calls import touched
 from dlx.bench.clock import forget_peak, intervals, peak_gib, spread, there, wait
 from dlx.bench.prompts import first_block, prefill
 from dlx.bench.rates import matmul_rate, read_rate
@@ -26,6 +27,10 @@ IDLE = (
     "one launch behind), device the median of the same forward replayed alone with no host in between, by device "
     "events; outside_share = 1 - launches / wall: launches is their time on the device by events around each, in the "
     "same stretch; both per forward"
+)
+HEAD_TWICE = (
+    "a canvas' own policy, not a forced schedule; the floor counts the head once, though a forward reads it for the "
+    "candidates and again for what their distributions expect to be embedded"
 )
 
 
@@ -73,7 +78,8 @@ def measured(worker: Worker, scene: Scene, steps: int, prefill_tokens: int, firs
 def longest(scene: Scene, how: How, steps: int, prefill_tokens: int) -> int:
     """Tokens of the longest row: the longest stretch between two rewinds, or a prompt and what follows it."""
     launches = max(LAUNCHES, math.ceil(steps / how.forwards)) + 2
-    each = min(scene.accept, scene.blocks * scene.block)
+    canvas = scene.policy().canvas
+    each = math.ceil(scene.block / canvas.steps) if canvas else min(scene.accept, scene.blocks * scene.block)
     stretch = each * (launches * how.forwards + WARM) if steps else each * how.forwards
     room = -(-(stretch + 4 * scene.block) // scene.block) * scene.block
     return max(scene.context, prefill_tokens) + room
@@ -93,12 +99,18 @@ def decoding(worker: Worker, scene: Scene, steps: int, bandwidth: float) -> dict
     tokens = (scene.requests * scene.context + at.reached()) // 2
     at.rewind()
     alone = intervals(at.turn, steps, worker.device, WARM) if forwards > 1 else sent
+    at.rewind()
+    some = min(8, math.ceil(scene.blocks * scene.block / scene.accept))  # forwards of a block, at most 8
+    read = touched(at, max(1, some // forwards))
+    need = floor_bytes(worker, tokens, scene.requests, None if read is None else read["mean"])
     done = decode(at, launches)
     at.rewind()
     found = trace(at.turn) if worker.device.type == "cuda" else None
     at.leave()
     return {
-        **speed([ms / forwards for ms in sent], floor_bytes(worker, tokens), bandwidth),
+        **speed([ms / forwards for ms in sent], need, bandwidth),
+        "experts_touched": read,
+        "floor_note": HEAD_TWICE if worker.policy.canvas else None,
         "loop": loop(worker, at.key),
         "tokens_per_forward": done.tokens_per_forward,
         "tokens_per_s": done.tokens_per_forward * done.nfe / done.wall_s,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dlx.bench.calls import touched
 from dlx.bench.clock import Replays, counted_syncs, forget_peak, peak_gib, there, wait
 from dlx.bench.forward import SCHEMA, kernels, loop, speed
 from dlx.bench.rates import read_rate
-from dlx.bench.scene import How, Scene, floor_bytes, prompts
+from dlx.bench.scene import How, Scene, floor_bytes, prompts, stand
 from dlx.bench.trace import trace
 from dlx.provenance import provenance
 from dlx.request import Request, SamplingParams
@@ -54,6 +55,13 @@ def measured(engine: Engine, scene: Scene, max_tokens: int, rows: int) -> dict[s
     began = time.monotonic()
     serve(engine, scene, min(max_tokens, 2 * scene.block))  # makes the graphs
     ready_s = time.monotonic() - began
+    busy = min(rows, scene.requests)
+    read = None
+    if worker.card.mixture:
+        at = stand(worker, scene._replace(requests=busy))
+        read = touched(at, 1)
+        at.leave()
+        worker.discard()
     run = serve(engine, scene, max_tokens)
     tokens, nfe = sum(len(r.out) for r in run.requests), sum(r.nfe for r in run.requests)
     steps = run.replays.ms("step")[: len(run.launched)]  # one more may have been sent when the last request ended
@@ -61,7 +69,7 @@ def measured(engine: Engine, scene: Scene, max_tokens: int, rows: int) -> dict[s
     each = [ms / n for ms, n in zip(steps, run.launched, strict=True) if n]
     key = next(key for key in reversed(run.replays.keys) if isinstance(key, tuple) and key[0] == "step")
     found = trace(lambda: worker.graphs.turn(key)) if worker.device.type == "cuda" else None
-    busy = min(rows, scene.requests)
+    need = floor_bytes(worker, busy * (scene.context + max_tokens // 2), busy, None if read is None else read["mean"])
     return {
         "schema": SCHEMA,
         "what": "throughput",
@@ -69,7 +77,8 @@ def measured(engine: Engine, scene: Scene, max_tokens: int, rows: int) -> dict[s
         "policy": worker.policy.describe(),
         "graphs": worker.config.graphs,
         "loop": loop(worker, key),
-        **speed(each, floor_bytes(worker, busy * (scene.context + max_tokens // 2)), bandwidth),
+        **speed(each, need, bandwidth),
+        "experts_touched": read,
         "read_gbps": bandwidth / 1e9,
         "tokens": tokens,
         "nfe": nfe,

@@ -24,6 +24,7 @@ class Begun(NamedTuple):
     wall_ms: float  # on the host, from the plan to the ids
     nfe: int  # denoise forwards until then
     prefills: int
+    ids: list[int]  # that were committed
 
 
 def prefill(worker: Worker, tokens: int, rate: float) -> dict[str, Any]:
@@ -58,14 +59,21 @@ def first_block(worker: Worker, tokens: int) -> dict[str, Any]:
 def begun(worker: Worker, tokens: int) -> list[Begun]:
     """Prompts one after the other, each dropped once its first block is committed; the first is not counted."""
     scheduler = schedule(worker)
-    if tokens < worker.L:
-        raise ConfigError(f"a prompt of {tokens} tokens has no complete block of {worker.L}; use a longer one")
+    if tokens - worker.card.shift < worker.step:
+        raise ConfigError(f"a prompt of {tokens} tokens has no complete block of {worker.step}; use a longer one")
     asked = enumerate(prompts(worker.card, TIMES + 1, tokens))
     return [_begun(worker, scheduler, n, prompt) for n, prompt in asked][1:]
 
 
-def _begun(worker: Worker, scheduler: Scheduler, n: int, prompt: list[int]) -> Begun:
-    params = SamplingParams(max_tokens=worker.max_len - len(prompt), ignore_eos=True, seed=0)
+@torch.no_grad()
+def answered(worker: Worker, prompt: int, tokens: int) -> Begun:
+    """A prompt of random ids and an answer of so many tokens, to its end."""
+    (ids,) = prompts(worker.card, 1, prompt)
+    return _begun(worker, schedule(worker), 0, ids, tokens)
+
+
+def _begun(worker: Worker, scheduler: Scheduler, n: int, prompt: list[int], tokens: int | None = None) -> Begun:
+    params = SamplingParams(max_tokens=tokens or worker.max_len - len(prompt), ignore_eos=True, seed=0)
     request = Request(n, prompt, params, time.monotonic())
     scheduler.check(request)
     lag = 1 if worker.device.type == "cuda" else 0  # as the engine reads its launches
@@ -73,7 +81,7 @@ def _begun(worker: Worker, scheduler: Scheduler, n: int, prompt: list[int]) -> B
     with Replays(worker) as replays:
         began = time.monotonic()
         scheduler.add(request)
-        while not request.out:
+        while request.finish is None and (tokens or not request.out):
             plan = scheduler.plan()
             assert plan is not None, "a request that fits alone is admitted alone"
             worker.launch(plan)
@@ -84,16 +92,23 @@ def _begun(worker: Worker, scheduler: Scheduler, n: int, prompt: list[int]) -> B
     if slot is not None:
         worker.stop(slot)
     worker.discard()
-    return Begun(sum(replays.ms("prefill")), wall_ms, request.nfe, request.prefills)
+    return Begun(sum(replays.ms("prefill")), wall_ms, request.nfe, request.prefills, request.out)
 
 
 def prefill_flops(worker: Worker, tokens: int) -> dict[str, int]:
-    """Operations that the prefill of a prompt's complete blocks needs: its matmuls without a head, and visible keys."""
-    card, L = worker.card, worker.L
-    blocks = tokens // L
-    matrices = sum(p.numel() for layer in worker.net.layers for p in layer.parameters() if p.dim() == 2)
-    visible = L * L * blocks * (blocks + 1) // 2  # a position sees its own block and all before it
+    """Operations that the prefill of a prompt needs: its matmuls without a head, with K experts, and visible keys."""
+    card, L, gemma, m = worker.card, worker.step, worker.card.gemma, worker.card.mixture
+    n = tokens if worker.policy.full else (tokens - card.shift) // L * L
+    named = [(k, p) for k, p in worker.net.named_parameters() if k.startswith("layers.") and not k.endswith("_scale")]
+    matrices = sum(p.numel() for _, p in named if p.dim() == 2)
+    if m is not None:  # a shared expert that lies among the others is one more
+        matrices += sum(p.numel() // len(p) * (m.active + m.joined) for _, p in named if p.dim() == 3)
+    visible = n * n if worker.policy.full else n * (n + L) // 2  # all, or its own block and all before it
+    seen = [visible] * card.layers
+    if gemma is not None:
+        near = min(n, gemma.window)
+        seen = [visible if wide else near * (near + 1) // 2 + (n - near) * near for wide in gemma.everywhere]
     return {
-        "matmuls": 2 * blocks * L * matrices,
-        "attention": 4 * visible * card.heads * sum(D for _, D in card.kv),
+        "matmuls": 2 * n * matrices,
+        "attention": 4 * card.heads * sum(keys * D for keys, (_, D) in zip(seen, card.kv, strict=True)),
     }

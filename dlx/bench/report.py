@@ -17,6 +17,10 @@ def _latency(r: Record) -> str:
     parts = [f"{scene['shape']} block {scene['block']}, {scene['requests']} at {scene['context']}: "]
     if "ms_per_forward" in r:
         parts.append(f"{_forward(r)}; {_rest(r)}; ")
+    if r.get("experts_touched"):
+        parts.append(f"{r['experts_touched']['mean']:.1f} of {r['experts_touched']['of']} experts a layer; ")
+    if r.get("floor_note"):
+        parts.append(f"{r['floor_note']}; ")
     if r["prefill"]:
         p = r["prefill"]
         parts.append(

@@ -9,92 +9,20 @@ Inductor's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlx.bench.calls import Call, calls
 from dlx.bench.clock import intervals, spread, there
 from dlx.bench.forward import SCHEMA, longest
 from dlx.bench.rates import matmul_rate, read_rate
-from dlx.bench.scene import How, Scene, Stand, stand, taken
+from dlx.bench.scene import How, Scene, stand
 from dlx.bench.trace import NAME, Trace, seen, trace
-from dlx.graphs.capture import Graphs
-from dlx.ops import OPS
-from dlx.ops.op import Cost
 from dlx.provenance import provenance
 
-MATMULS = ("mm", "addmm")  # of torch: what the wide path leaves to cuBLAS
 STEPS = 32  # replays that are timed
-
-
-class Call(NamedTuple):
-    """One call of an op in a step."""
-
-    op: str
-    of: str  # the parameter that it reads, without its layer
-    cost: Cost
-    again: Callable[[], object]  # the same call once more
-
-
-class Calls(TorchDispatchMode):
-    """Notes the calls of our ops, and torch's matmuls, while it is on."""
-
-    def __init__(self, named: Mapping[int, str]) -> None:
-        super().__init__()
-        self.named = named
-        self.found: list[Call] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        space, _, name = func.name().partition("::")
-        name = name.split(".")[0]
-        kwargs = kwargs or {}
-        of = next((self.named[x.data_ptr()] for x in args if isinstance(x, Tensor) and x.data_ptr() in self.named), "")
-        if space == "dlx":
-            self._note(name, of, OPS[name].cost(*args, **kwargs), func, args, kwargs)
-        elif space == "aten" and name in MATMULS:
-            self._note(name, of, matmul_cost(*args[-2:]), func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _note(self, name: str, of: str, cost: Cost, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.found.append(Call(name, of, cost, lambda: func(*args, **kwargs)))
-
-
-def matmul_cost(a: Tensor, b: Tensor) -> Cost:
-    """[M, K] · [K, N]: every element read or written once."""
-    M, K = a.shape
-    N = b.shape[1]
-    return Cost(2 * M * N * K, (M * K + K * N + M * N) * a.element_size())
-
-
-def names(net: torch.nn.Module) -> dict[int, str]:
-    """Address → name of each parameter, without its layer: layers.3.attn.qkv.weight → attn.qkv."""
-    out = {}
-    for name, p in net.named_parameters():
-        parts = name.removesuffix(".weight").split(".")
-        out[p.data_ptr()] = ".".join(parts[2:] if parts[0] == "layers" else parts)
-    return out
-
-
-@torch.no_grad()
-def calls(at: Stand) -> list[Call]:
-    """The calls of one forward, in order, from running it eagerly on the rows as they stand."""
-    worker = at.worker
-    ready, plan = worker.graphs, at.scheduler.plan()
-    assert plan is not None, "rows run"
-    worker.graphs = Graphs("off", worker.device)
-    try:
-        with Calls(names(worker.net)) as noted:
-            worker.launch(plan)
-    finally:
-        worker.graphs = ready
-    while worker.in_flight:
-        taken(worker, at.scheduler)
-    return noted.found
 
 
 def matched(run: Sequence[str], wanted: Sequence[Sequence[str]]) -> list[list[int]]:

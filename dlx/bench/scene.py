@@ -21,9 +21,10 @@ from dlx import weights
 from dlx.bench.clock import Replays, counted_syncs
 from dlx.config import Config
 from dlx.errors import ConfigError
-from dlx.graphs.policies import Policy, named
+from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.graphs.rules import Fixed
 from dlx.models.card import Card
+from dlx.models.families import FAMILIES
 from dlx.pages import PagePool
 from dlx.request import Request, SamplingParams
 from dlx.scheduler import Scheduler
@@ -32,6 +33,7 @@ from dlx.worker import Worker
 if TYPE_CHECKING:
     from dlx.engine import Engine
 
+STACKS = ("gate_up", "down", "gate_up_scale", "down_scale")  # a layer's experts; an MLP's names end otherwise
 PLAIN = {"eos_token": "0", "pad_token": "0"}  # tokenizer_config.json of the tokenizer that is written here
 
 
@@ -60,19 +62,25 @@ class Scene(NamedTuple):
         name = self.shape.name if self.shape.is_dir() else self.shape.stem
         return {**self._asdict(), "shape": name}
 
+    def card(self) -> Card:
+        """The card of the shape at the block length."""
+        return Card.from_hf(self.raw(), {})
+
+    def raw(self) -> dict[str, Any]:
+        """The shape's config.json at the block length, by the name that its family gives to that."""
+        raw = published(self.shape)
+        key = FAMILIES[Card.from_hf(raw, {}).arch].keys.get("block_size", "block_size")
+        return {k: v for k, v in raw.items() if k not in ("block_length", "trained_block_lengths")} | {key: self.block}
+
     def policy(self) -> Policy:
-        """The forced schedule."""
-        return replace(named("fixed"), N=self.blocks, select=Fixed(self.accept))
+        """The forced schedule; a canvas, which has no masks to accept, is decoded by its model's own policy."""
+        own = POLICIES[self.card().policy]
+        return own if own.canvas else replace(named("fixed"), N=self.blocks, select=Fixed(self.accept))
 
     def files(self, folder: Path, words: bool = False) -> None:
         """Write the shape's config.json, at the block length; with `words` a tokenizer that knows no language too."""
-        source = self.shape / "config.json" if self.shape.is_dir() else self.shape
-        if not source.is_file():
-            raise ConfigError(f"{source} is not there; name a shape of tools/shapes, or a checkpoint's folder")
-        raw = weights.read_json(source) | {"block_size": self.block}
-        raw = {k: v for k, v in raw.items() if k not in ("block_length", "trained_block_lengths")}
-        card = Card.from_hf(raw, {})  # a family that is not built is refused before anything else is made
-        Path(folder, "config.json").write_text(json.dumps(raw))
+        card = self.card()  # a family that is not built is refused before anything else is made
+        Path(folder, "config.json").write_text(json.dumps(self.raw()))
         if words:
             model = {"type": "WordLevel", "vocab": {str(i): i for i in range(card.vocab)}, "unk_token": "0"}
             whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
@@ -101,6 +109,14 @@ class Scene(NamedTuple):
             return Engine(self.config(Path(folder), how, max_len, self.policy(), rows))
 
 
+def published(shape: Path) -> dict[str, Any]:
+    """The config.json of a shape, a file or a folder. Raises ConfigError if it is not there."""
+    source = shape / "config.json" if shape.is_dir() else shape
+    if not source.is_file():
+        raise ConfigError(f"{source} is not there; name a shape of tools/shapes, or a checkpoint's folder")
+    return weights.read_json(source)
+
+
 class Stand(NamedTuple):
     """Requests that decode behind their contexts; `key` is the graph of their launches."""
 
@@ -111,7 +127,7 @@ class Stand(NamedTuple):
 
     def rewind(self) -> None:
         """Put every row back behind its context, so that what is timed next is timed there."""
-        self.worker.buf.start.fill_(self.context // self.worker.L * self.worker.L)
+        self.worker.buf.start.fill_(self.context // self.worker.step * self.worker.step)
 
     def launch(self) -> None:
         """Send a launch as the worker does, without reading it."""
@@ -134,7 +150,12 @@ class Stand(NamedTuple):
         return int(self.worker.buf.start.sum())
 
     def decided(self) -> int:
-        """Tokens that are no mask, all rows together: also those of blocks that are not yet committed."""
+        """Tokens that are no mask, all rows together: also those of blocks that are not yet committed.
+
+        A canvas has none before it is committed.
+        """
+        if self.worker.policy.canvas:
+            return self.reached()
         return self.reached() + int((self.worker.buf.tok != self.worker.ids.mask).sum())
 
 
@@ -223,10 +244,20 @@ def taken(worker: Worker, scheduler: Scheduler) -> None:
     scheduler.take(plan.running, replies)
 
 
-def floor_bytes(worker: Worker, tokens: int) -> dict[str, int]:
-    """Bytes that a forward must read: every weight but an input table once, and the K/V of so many tokens."""
+def floor_bytes(worker: Worker, tokens: int, rows: int = 1, experts: float | None = None) -> dict[str, int]:
+    """Bytes that a forward must read: every weight but an input table once, and the K/V of so many tokens.
+
+    rows     that the tokens are of, for layers that see a window of each
+    experts  that are read of each layer's, on average; None is all
+    """
     net, card = worker.net, worker.card
-    table = 0 if card.tied else int(net.table.nbytes)
-    read = sum(int(p.nbytes) for p in net.parameters()) - table
-    token = 2 * sum(G * D for G, D in card.kv) * worker.config.torch_dtype.itemsize
-    return {"weights": read, "kv": tokens * token}
+    read = sum(int(p.nbytes) for p in net.parameters()) - (0 if card.tied else int(net.table.nbytes))
+    if experts is not None:
+        stacks = [p for name, p in net.named_parameters() if name.rpartition(".")[2] in STACKS]
+        read -= sum(int(p.nbytes * (1 - experts / len(p))) for p in stacks)
+    shown = card.gemma.window - 1 if card.gemma else 0
+    kv = sum(
+        G * D * (min(tokens, rows * shown) if card.gemma and not card.gemma.everywhere[i] else tokens)
+        for i, (G, D) in enumerate(card.kv)
+    )
+    return {"weights": read, "kv": 2 * kv * worker.config.torch_dtype.itemsize}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,13 @@ def measured(asked: dict[str, Any], caches: Path) -> dict[str, Any]:
     env = {name: value for name, value in os.environ.items() if name != "DLX_PACK"} | {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    code = "from dlx.bench.start import child; child()"
-    asked = asked | {"began": time.time()}
+    return in_process("from dlx.bench.start import child; child()", asked | {"began": time.time()}, env)
+
+
+def in_process(code: str, asked: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON that code prints last in a process of its own, whose argument is `asked`. Raises EngineError."""
+    env = {**env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(asked)], env=env, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ from dlx.weights.adapter import Adapter, install
 from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
 from dlx.weights.fp8 import FP8
 from dlx.weights.hub import fetched
-from dlx.weights.parameters import FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release
+from dlx.weights.parameters import FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release, rows
 
 __all__ = [
     "FP8",
@@ -34,4 +34,5 @@ __all__ = [
     "read_config",
     "read_json",
     "release",
+    "rows",
 ]

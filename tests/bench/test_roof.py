@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dlx.bench import How, Scene, roofline, stand
+from dlx.bench.calls import Call, calls, matmul_cost
 from dlx.bench.report import lines
-from dlx.bench.roof import Call, calls, matched, matmul_cost, others, table
+from dlx.bench.roof import matched, others, table
 from dlx.bench.trace import Owned, Trace
 from dlx.ops.op import Cost
 

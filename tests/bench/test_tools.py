@@ -36,7 +36,7 @@ def test_the_roofline_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["latency", "--shape", "llada-8b"], "known shapes are nano, sdar-1.7b"),
+        (["latency", "--shape", "llada-9b"], "known shapes are diffucoder-7b, "),
         (["latency", *HERE, "--requests", "0"], "--requests 0"),
         (["latency", *HERE, "--graphs", "capture"], "CUDA"),
         (["throughput", *HERE, "--max-tokens", "100000"], "max_model_len"),

@@ -64,9 +64,43 @@ def test_without_records_the_table_says_how_to_make_them(tmp_path: Path) -> None
     assert "No record yet" in readme.tables(tmp_path)
 
 
+def test_families_have_a_line_each_and_what_was_loaded_is_told(tmp_path: Path) -> None:
+    run = {
+        "parameters": 26.1e9, "scene": {"block": 4, "context": 512}, "ms_per_forward": {"p50": 6.514}, "floor_ms": 5.2,
+        "ratio": 1.253, "experts_touched": None, "floor_note": None, "read_gbps": 3170, "peak_gib": 20.04, "made": MADE,
+        "prefill": {"ms": {"p50": 30.26}},
+    }  # fmt: skip
+    canvas = run | {"scene": {"block": 256, "context": 512}, "floor_note": "its own policy"}
+    canvas |= {"experts_touched": {"mean": 99.25, "of": 128}}
+    load = {"bytes": 16.4e9, "files": 4, "tensors": 1399, "load_s": 8.24, "gbps": 1.99}
+    runs = {
+        "b": run | {"load": load},
+        "a": canvas,
+        "c": {"parameters": 102.9e9, "needs_bytes": 206e9},
+        "d": {"failed": ""},
+    }
+    for gpu in ("cpu", "nvidia-h100-80gb-hbm3"):
+        (tmp_path / gpu).mkdir()
+        (tmp_path / gpu / "families.json").write_text(json.dumps({"runs": runs}))
+    text = readme.families(tmp_path, tmp_path)
+    assert "(nvidia-h100-80gb-hbm3/families.json): one request behind 512 tokens, 3.17 TB/s read" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[2:] == [
+        "| a | 26.10 | canvas of 256 | 6.51 | 5.20 | 1.25 | 99.2 of 128 | 30.3 | 20.0 |",
+        "| b | 26.10 | 4 | 6.51 | 5.20 | 1.25 |  | 30.3 | 20.0 |",
+        "| c | 102.90 |  | 206 GB of weights do not fit |  |  |  |  |  |",
+        "| d |  |  | failed |  |  |  |  |  |",
+    ]
+    assert (
+        "Loading a checkpoint of b's shape, just written (16.4 GB, 1,399 tensors in 4 files): 8.2 s, 1.99 GB/s." in text
+    )
+    assert "No record yet" in readme.families(tmp_path / "cpu")
+
+
 def test_only_what_stands_between_the_marks_is_written() -> None:
-    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
-    assert readme.filled(text, "new\n") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+    begin, end = (mark.format("ops") for mark in readme.MARKS)
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert readme.filled(text, "ops", "new\n") == f"before\n{begin}\nnew\n{end}\nafter\n"
 
 
 def test_the_readme_is_not_stale(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +112,9 @@ def test_a_stale_readme_is_told(
 ) -> None:
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     file = tmp_path / "README.md"
-    file.write_text(f"{readme.BEGIN}\nsomething older\n{readme.END}\n")
+    begin, end = readme.MARKS
+    older = (f"{begin}\nsomething older\n{end}\n".format(name, name) for name in ("ops", "families"))
+    file.write_text("".join(older))
     assert readme.main(["--check"]) == 1
     assert "stale" in capsys.readouterr().out
     assert readme.main([]) == 0

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from dlx import LLM, SamplingParams
-from dlx.errors import ModelError, PolicyError
+from dlx.errors import ConfigError, ModelError, PolicyError
 from dlx.graphs.canvas import noise
 from dlx.graphs.policies import POLICIES, Policy
 from dlx.graphs.rules import Canvas, Stable
@@ -26,6 +27,7 @@ from dlx.models.gemma.network import DiffusionGemma
 from dlx.ops.attention import View
 from dlx.weights import load, read_config
 from tests import gemma
+from tests.adapters import write_adapter
 from tests.draws import Draws, philox
 from tests.gemma import CANVAS, STOP, VOCAB
 
@@ -355,3 +357,15 @@ def test_experts_one_by_one_of_which_some_are_missing_are_refused(
     gemma.write(tmp_path, tensors)
     with pytest.raises(ModelError, match="some are missing or twice there"):
         opened(tmp_path)
+
+
+def test_an_adapter_is_merged_but_not_kept_apart(folder: Path, tmp_path: Path) -> None:
+    module = f"{gemma.DECODER}layers.0.self_attn.k_proj"
+    adapter = write_adapter(tmp_path / "adapter", {module: (2 * 16, 48)})
+    with pytest.raises(ConfigError, match=r"adapters=\['mine'\] .* merge one: lora=FOLDER"):
+        LLM(folder, device="cpu", adapters={"mine": adapter})
+    factors = load_file(adapter / "adapter_model.safetensors")
+    b, a = (factors[f"base_model.model.{module}.lora_{x}.weight"] for x in "BA")
+    with LLM(folder, device="cpu") as plain, LLM(folder, device="cpu", lora=adapter) as merged:
+        added = [dict(x.engine.worker.net.named_parameters())["layers.0.attn.qkv.weight"] for x in (merged, plain)]
+    assert torch.allclose((added[0] - added[1])[4 * 16 : 6 * 16], 1.5 * b @ a, atol=1e-6)

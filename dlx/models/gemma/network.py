@@ -87,11 +87,11 @@ class Router(nn.Module):
         self.scale = parameter(card.hidden, device=device, dtype=dtype)
         self.factor = parameter(card.mixture.experts, device=device, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, E] → ids [T, K] int32, weights [T, K] f32."""
+    def forward(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, E] → ids [T, K] int32, weights [T, K] f32; a row that sees nothing (seen [T]) chooses none."""
         x = normal(x, self.eps, self.scale.float() * x.shape[-1] ** -0.5)
         return OPS["route"](
-            x, self.weight, None, None, self.factor, self.eps, self.top_k, 1, 1, False, True, 1.0
+            x, self.weight, None, None, self.factor, self.eps, self.top_k, 1, 1, False, True, 1.0, 0, seen
         )  # fmt: skip
 
 
@@ -111,9 +111,9 @@ class Layer(nn.Module):
         self.attn_in, self.attn_out, self.mlp_in, self.dense_out, self.moe_in, self.moe_out, self.mlp_out = norms
         self.scalars = parameter(2, device=device, dtype=dtype)  # of the encoder, of the decoder
 
-    def experts(self, x: Tensor) -> Tensor:
+    def experts(self, x: Tensor, seen: Tensor) -> Tensor:
         """The experts' part for the stream x [B, C, E]; they see it normalised, their router does not."""
-        ids, weights = self.router(x.flatten(0, 1))
+        ids, weights = self.router(x.flatten(0, 1), seen.flatten())
         y, _ = OPS["experts"](
             self.moe_in(x).flatten(0, 1), ids, weights, self.gate_up, self.down, None, self.router.eps, True
         )
@@ -121,7 +121,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, view: View, first: Tensor, frequencies: Tensor, kv: Tensor) -> Tensor:
         x = x + self.attn_out(self.attn(self.attn_in(x), view, first, frequencies, kv))
-        y = self.dense_out(gated(self.mlp, self.mlp_in(x))) + self.moe_out(self.experts(x))
+        y = self.dense_out(gated(self.mlp, self.mlp_in(x))) + self.moe_out(self.experts(x, view.seen))
         x = x + self.mlp_out(y)
         encoder, decoder = self.scalars
         scalar = encoder if view.encode is None else torch.where(view.encode, encoder, decoder)[:, None, None]
