@@ -69,7 +69,7 @@ class Policy:
             rule = getattr(self, name)
             if not callable(rule) or not is_dataclass(rule):
                 raise PolicyError(
-                    f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in rules.py"
+                    f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in graphs/rules"
                 )
             if isinstance(rule, OF_A_CANVAS) and self.canvas is None:
                 raise PolicyError(f"{name}={rule!r} is a rule of canvases; pass canvas=Canvas(), or another rule")
