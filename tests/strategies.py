@@ -48,7 +48,7 @@ class Block:
             self.ids[i] = self.best(i)[1]
 
 
-Rule = Callable[[Block, Tensor], bool]  # (block, embeddings [V, E]) → decided; writes the block
+Rule = Callable[..., bool]  # (block, embeddings [V, E]) → decided; writes the block
 
 
 def surest(b: Block, n: int = 1) -> set[int]:
@@ -87,9 +87,9 @@ def dmax(b: Block, E: Tensor, cap: int = 16) -> bool:
     return not b.masks() and (b.ids == before or sure or b.edits >= cap)
 
 
-def merged(b: Block, E: Tensor) -> bool:
+def merged(b: Block, E: Tensor, cap: int = 16) -> bool:
     """DMax with its token merge: p · E(token) + (1 − p) · E(mask), brought back to the mean of their norms."""
-    over = dmax(b, E)
+    over = dmax(b, E, cap)
     b.soft = {}
     for i in range(b.given, len(b.ids)):
         p, tok = b.best(i)
@@ -105,9 +105,9 @@ def likely(b: Block, i: int, k: int, E: Tensor) -> Tensor:
     return p @ E[ids]
 
 
-def smoothed(b: Block, E: Tensor) -> bool:
+def smoothed(b: Block, E: Tensor, cap: int = 16) -> bool:
     """DMax's decoding with iter_smooth_topk: E(token) + Σ p · E(id) over four ids, weight 1."""
-    over = dmax(b, E)
+    over = dmax(b, E, cap)
     decided = [i for i in range(b.given, len(b.ids)) if b.ids[i] != b.mask]
     b.soft = {i: E[b.ids[i]] + likely(b, i, 4, E) for i in decided}
     return over
