@@ -63,8 +63,8 @@ class Every(NamedTuple):
         return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
-        """[B, places, L] → [B, places · L]"""
-        return tok.flatten(1)
+        """[B, places, L, …] → [B, places · L, …]"""
+        return tok.flatten(1, 2)
 
     def places(self, h: Tensor, L: int) -> Tensor:
         """[B, places · L, E] → [B, places, L, E]"""
@@ -102,7 +102,7 @@ class Packed(NamedTuple):
         return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
-        """[B, places, L] → [seats, L]"""
+        """[B, places, L, …] → [seats, L, …]"""
         return tok[self.row, self.place]
 
     def places(self, h: Tensor, L: int) -> Tensor:
