@@ -7,23 +7,31 @@ from typing import Any
 
 from dlx.errors import PolicyError
 from dlx.graphs.rules import (
+    Annealed,
     Canvas,
     Embed,
     EntropyBound,
+    Even,
     Filled,
     Fixed,
     Hard,
     Keep,
+    Refresh,
     Renoise,
     Rewrite,
     Select,
     Settle,
     Stable,
+    SubBlock,
     Threshold,
+    Turn,
+    Whole,
+    Within,
 )
 
 RULES = ("select", "rewrite", "settle", "embed")
 OF_A_CANVAS = (EntropyBound, Renoise, Stable)
+OF_A_TURN = (Annealed, Even)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Policy:
     full      what a query at position q sees, where a prompt has P tokens. True: all P for q < P, and every key below
               (q // L + 1) · L from P on. False: the latter for every q. None takes what the model was trained for
     canvas    a block is a canvas of random tokens, not of masks (see graphs/canvas.py); None: masks
+    turn      which part of a sequence a forward computes (see graphs/sequence.py); None: the window
     accept, open_at, force_at  defaults of the columns a request may override (see SamplingParams)
     """
 
@@ -46,6 +55,7 @@ class Policy:
     settle: Settle = Filled()
     embed: Embed = Hard()
     canvas: Canvas | None = None
+    turn: Turn | None = None
     accept: float = 0.9
     open_at: float = 0.1
     force_at: float = 0.9
@@ -61,6 +71,14 @@ class Policy:
             self.N == 1 and _integer(self.canvas.steps) and self.canvas.steps > 0 < self.canvas.cold <= self.canvas.hot
         ):
             raise PolicyError(f"N={self.N} blocks with {self.canvas} are not allowed; use N=1, a step, 0 < cold <= hot")
+        turn = self.turn
+        if turn is not None and not (
+            isinstance(turn, Turn) and self.N == 1 and self.canvas is None and self.full in (None, turn.full)
+        ):
+            raise PolicyError(
+                f"turn={turn!r} with N={self.N}, full={self.full} and canvas={self.canvas} is not allowed; "
+                "use a rule of rules/turn.py, with N=1, its own visibility and no canvas"
+            )
         for name in ("accept", "open_at", "force_at"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
@@ -73,13 +91,16 @@ class Policy:
                 )
             if isinstance(rule, OF_A_CANVAS) and self.canvas is None:
                 raise PolicyError(f"{name}={rule!r} is a rule of canvases; pass canvas=Canvas(), or another rule")
+            if isinstance(rule, OF_A_TURN) and turn is None:
+                raise PolicyError(f"{name}={rule!r} is a rule of whole sequences; pass turn=Whole(), or another rule")
 
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if f.name in RULES else value
+            ruled = f.name in RULES or (f.name == "turn" and value is not None)
+            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if ruled else value
         out["canvas"] = None if self.canvas is None else asdict(self.canvas)
         return out
 
@@ -95,6 +116,17 @@ POLICIES: dict[str, Policy] = {
     # D2F (discrete diffusion forcing): for networks trained all-to-all, by themselves or with its adapters
     "d2f": Policy(N=4, full=True),
     "diffusion_gemma": Policy(select=EntropyBound(), rewrite=Renoise(), settle=Stable(), canvas=Canvas(), accept=0.1),
+    # for networks trained all-to-all: the answer decides against K/V that a forward over all of it stored
+    "fast_dllm_v1": Policy(full=True, turn=Refresh()),
+    "fast_dllm_v1_prefix": Policy(full=True, turn=Refresh(prefix=True)),
+    "vicinity": Policy(full=True, turn=Refresh(left=16, right=16, warm_up=4)),
+    # what LLaDA's own sampler does, and Dream's: all of the sequence in every forward
+    "low_confidence": Policy(full=True, turn=Whole(), select=Even()),
+    "random": Policy(full=True, turn=Whole(), select=Even(random=True)),
+    "origin": Policy(full=True, turn=Whole(blocks=False), select=Annealed(random=True)),
+    "maskgit_plus": Policy(full=True, turn=Whole(blocks=False), select=Annealed()),
+    "fast_dllm_v2": Policy(full=False, select=Within(8)),
+    "fast_dllm_v2_cached": Policy(full=False, select=Within(8), turn=SubBlock(8)),
 }
 
 

@@ -30,6 +30,9 @@ class Seen(NamedTuple):
     force_at: Tensor  # [B]        f32
     mask: int
     calm: Tensor | None = None  # [B, N]     int32  forwards in which the likeliest tokens stayed; of a canvas only
+    turn: Tensor | None = None  # [B]        int32  forwards spent on the block; of whole sequences only, as what follows
+    span: Tensor | None = None  # [B]        int32  positions of the block, given ones among them
+    draw: Tensor | None = None  # [B, N, L]  f32    uniform random numbers below 1
 
 
 @runtime_checkable
