@@ -80,7 +80,9 @@ class Worker:
         E = self.card.hidden if self.card.shift else 0
         self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
         E = 0 if turn is not None else E
-        self.buf = buffer.allocate(B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype)
+        self.buf = buffer.allocate(
+            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
+        )
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.policies import Policy
-from dlx.graphs.rules import Seen
+from dlx.graphs.rules import Keep, Seen
 from dlx.graphs.rules.turn import ALL, PAIR, REST, SUB, After, Scope, first
 from dlx.graphs.step import Ids, Network, committed, propose, silent
 from dlx.ops import OPS
@@ -79,7 +79,8 @@ def sequence_(
     C      positions of a row that are computed
     """
     new, kept, outbox = denoise(policy, scope, C, ids, net, buf, memory, kv, at)
-    for old, value in zip((*buf, *memory), (*new, *kept), strict=True):
+    pairs = zip((*buf[:-1], *memory), (*new[:-1], *kept), strict=True)
+    for old, value in (*pairs, *((old, new.mem[name]) for name, old in buf.mem.items())):
         if old is not value:
             old.copy_(value)
     out.copy_(outbox.pack())
@@ -101,7 +102,9 @@ def denoise(
     B, _, width = buf.tok.shape
     what, full = policy.turn.scopes[scope], policy.turn.full
     limit = buf.ints[:, COUNTS.index("limit")]
-    accept, force_at, temp = (buf.num[:, NUMBERS.index(name)] for name in ("accept", "force_at", "temp"))
+    accept, force_at, temp, edit, remask = (
+        buf.num[:, NUMBERS.index(name)] for name in ("accept", "force_at", "temp", "edit", "remask")
+    )
     device = buf.tok.device
 
     # look: the C positions from `low` on are computed, of rows that want this scope
@@ -120,12 +123,13 @@ def denoise(
 
     # think: write K/V of what is computed, attend to pages, turn what may be decided into candidates
     at("think")
-    h = net.forward(policy.embed(net.embed, tok), View(pos, buf.pages, seen, lora=buf.lora), kv)
+    soft = {name: spread(buf.mem[name][:, 0], pos - buf.start[:, None]) for name in policy.seen}
+    h = net.forward(policy.embed(net.embed, tok, soft), View(pos, buf.pages, seen, lora=buf.lora), kv)
     where = block if policy.turn.blocks else pos  # an answer without blocks is decided wherever it is computed
     source = where - low[:, None] - int(ids.shift)
     known = (source >= 0) & (source < C) & on[:, None]
     h = h.gather(1, source.clamp(0, C - 1).long()[..., None].expand(-1, -1, h.shape[-1]))
-    c = propose(h[:, None], net.head(), temp, buf, where[:, None], ids)
+    proposed = propose(policy, h[:, None], net.head(), temp, buf, where[:, None], ids)
 
     # decide
     at("decide")
@@ -138,20 +142,26 @@ def denoise(
     one = torch.ones_like(temp)[:, None]
     span = torch.minimum(torch.full_like(limit, width), end - buf.start)
     draw = uniform(buf.seed, where, buf.age)
-    w = Seen(
-        tok[:, None], todo[:, None], live[:, None], one, accept, force_at, ids.mask, turn=memory.turn, span=span,
-        draw=draw[:, None],
-    )  # fmt: skip
+    mem = {name: kept[:, :1] for name, kept in buf.mem.items()}
+    mine = (one, accept, force_at, ids.mask, None, edit, remask, temp, buf.age, mem, memory.turn, span, draw[:, None])
+    w = Seen(tok[:, None], todo[:, None], live[:, None], *mine)
+    c = policy.score(proposed, w)
     take = w.todo if first_only else policy.select(c, w)
     tok = torch.where(live, policy.rewrite(c, w, take)[:, 0], tok)
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
     after = memory.ids.scatter(1, where.clamp_max(memory.ids.shape[1] - 1).long(), tok)
     tok = after.gather(1, block.clamp_max(after.shape[1] - 1).long())
     whole = policy.settle(c, w, tok[:, None])[:, 0] & on
+    kept = {}
+    for rule in policy.keepers:
+        for name, now in rule.keep(proposed, w, tok[:, None], whole[:, None]).items():
+            shape = (B, *[1] * (now.dim() - 1))
+            now = torch.where(whole.view(shape), 0, torch.where(on.view(shape), now, mem[name]))
+            kept[name] = torch.cat((now, torch.zeros_like(now)), 1)
 
-    # commit: a block that is decided is delivered, what ends the answer as soon as nothing before it is undecided
+    # commit: a block that is decided is delivered, what ends the answer once all before it is, if that stays
     at("commit")
-    stop = (tok[..., None] == buf.stops[:, None]).any(-1) & ~given
+    stop = (tok[..., None] == buf.stops[:, None]).any(-1) & ~given & isinstance(policy.rewrite, Keep)
     undecided = (tok == ids.mask).int().cumsum(1) > 0
     ignore = buf.ints[:, COUNTS.index("ignore_eos")] != 0
     final = whole | (stop & ~undecided).any(1) & ~ignore & on
@@ -162,6 +172,7 @@ def denoise(
         held=torch.stack((given, torch.zeros_like(given)), 1),
         whole=torch.stack((final, torch.zeros_like(final)), 1),
         age=age,
+        mem=kept,
     )
     n, why = committed(shown, spent, limit, bad, ids.mask)
     n, why = (torch.where(on, v, 0).int() for v in (n, why))
@@ -181,6 +192,13 @@ def lowest(what: Scope, s: Tensor, L: int, todo: Tensor) -> Tensor:
     if what.kind == SUB:
         return s + first(todo, what.left)
     return s - {REST: 0, PAIR: L}.get(what.kind, what.left)
+
+
+def spread(kept: Tensor, at: Tensor) -> Tensor:
+    """What is kept of a block [B, L, …], at offsets [B, C] from its begin → [B, C, …]; zeros outside."""
+    shape = (*at.shape, *[1] * (kept.dim() - 2))
+    found = kept.gather(1, at.clamp(0, kept.shape[1] - 1).long().view(shape).expand(*at.shape, *kept.shape[2:]))
+    return torch.where(((at >= 0) & (at < kept.shape[1])).view(shape), found, 0)
 
 
 def leaves_first(scopes: tuple[Scope, ...]) -> bool:

@@ -59,7 +59,7 @@ class Even:
         assert w.turn is not None and w.span is not None and w.draw is not None, "Policy refuses this without a turn"
         left = ((w.span if self.steps is None else self.steps) - w.turn).clamp_min(1)
         n = (w.todo.sum((1, 2)) + left - 1) // left
-        conf = torch.where(w.todo, w.draw if self.random else c.conf, NEVER)
+        conf = torch.where(w.todo, w.draw if self.random else c.order(), NEVER)
         return w.todo & (rank(conf) < n[:, None, None])
 
 
@@ -85,4 +85,4 @@ class Annealed:
         if self.random:
             return w.todo & (w.draw < share[:, None, None])
         n = (w.todo.sum((1, 2)) * share).int()
-        return w.todo & (rank(torch.where(w.todo, c.conf, NEVER)) < n[:, None, None])
+        return w.todo & (rank(torch.where(w.todo, c.order(), NEVER)) < n[:, None, None])
