@@ -244,7 +244,9 @@ class Scheduler:
             )
         for _, tok in params.fixed:
             if tok >= card.vocab or tok == card.mask_id:
-                raise RequestError(f"fixed has the id {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id")
+                raise RequestError(
+                    f"fixed has the id {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id"
+                )
         stops = {*card.stop_ids, *params.stop_token_ids}
         if len(stops) > STOP_IDS:
             raise RequestError(

@@ -46,7 +46,15 @@ def allocate(B: int, width: int, most: int, device: torch.device, room: int | No
         return torch.zeros(*shape, dtype=torch.int32, device=device)
 
     halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return Launch(zeros(B, (most * width if room is None else room) + 3), zeros(B, width + 3), zeros(1), zeros(1), zeros(1), halt, most)
+    return Launch(
+        zeros(B, (most * width if room is None else room) + 3),
+        zeros(B, width + 3),
+        zeros(1),
+        zeros(1),
+        zeros(1),
+        halt,
+        most,
+    )
 
 
 def rows(launch: Launch, B: int) -> Launch:

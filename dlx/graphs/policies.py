@@ -140,7 +140,9 @@ class Policy:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         if turn is not None and not turn.blocks and keepers:
-            raise PolicyError(f"{turn} has no blocks to keep a memory of; use Whole(blocks=True), or rules that need none")
+            raise PolicyError(
+                f"{turn} has no blocks to keep a memory of; use Whole(blocks=True), or rules that need none"
+            )
         if self.canvas is not None and (keepers or self.asks != Asks() or self.filters):
             raise PolicyError(f"{self.canvas} keeps no memory and has no filters; use rules that need none")
 

@@ -161,10 +161,11 @@ def denoise(
 
     # commit: a block that is decided is delivered, what ends the answer once all before it is, if that stays
     at("commit")
-    stop = (tok[..., None] == buf.stops[:, None]).any(-1) & ~given & isinstance(policy.rewrite, Keep)
-    undecided = (tok == ids.mask).int().cumsum(1) > 0
-    ignore = buf.ints[:, COUNTS.index("ignore_eos")] != 0
-    final = whole | (stop & ~undecided).any(1) & ~ignore & on
+    final = whole
+    if isinstance(policy.rewrite, Keep):
+        ignore = (buf.ints[:, COUNTS.index("ignore_eos")] != 0)[:, None]
+        ends = (tok[..., None] == buf.stops[:, None]).any(-1) & ~given & ~ignore | (block == limit[:, None] - 1)
+        final = whole | on & (ends & ((tok == ids.mask).int().cumsum(1) == 0)).any(1)
     age = buf.age + on.int()
     spent = (age >= buf.ints[:, COUNTS.index("max_nfe")]) & on
     shown = buf._replace(
