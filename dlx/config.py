@@ -177,7 +177,7 @@ def bind(policy: Policy | None, card: Card, block_length: int | None) -> Policy:
     for rule in (policy.select, policy.turn):
         if isinstance(rule, Within | SubBlock) and L % rule.size:
             raise PolicyError(
-                f"{rule} does not divide blocks of {L} tokens, as this {card.family} checkpoint has; use a size that does"
+                f"{rule} does not divide the {L} tokens of this {card.family} checkpoint's blocks; use a size that does"
             )
     if (policy.canvas is None) == (card.gemma is not None):
         use = "policy='diffusion_gemma'" if card.gemma else "one without a canvas, as policy='single_bd'"

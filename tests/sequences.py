@@ -6,6 +6,7 @@ network with a K/V store that is as old as the strategy says. It shares no code 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -127,7 +128,7 @@ def accepted(
             n += 1
         take = ranked[:n]
         gap = min([abs(c.conf - 1 + how.factor / (i + 1)) for i, c in enumerate(ranked, 1)] + [gap])
-        gap = min([gap, *(a.rank - b.rank for a, b in zip(ranked, ranked[1:]))])
+        gap = min([gap, *(a.rank - b.rank for a, b in itertools.pairwise(ranked))])
     elif how.rule == "even":
         n = math.ceil(len(found) / max(1, (how.steps or span) - turn))
         take = ranked[:n]

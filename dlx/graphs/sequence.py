@@ -204,7 +204,7 @@ def spread(kept: Tensor, at: Tensor) -> Tensor:
 
 def leaves_first(scopes: tuple[Scope, ...]) -> bool:
     """Some scope does not compute the position before the block."""
-    return any(what.kind == REST or what.kind not in (ALL, PAIR, SUB) and what.left == 0 for what in scopes)
+    return any(what.kind == REST or (what.kind not in (ALL, PAIR, SUB) and what.left == 0) for what in scopes)
 
 
 def uniform(seed: Tensor, pos: Tensor, age: Tensor) -> Tensor:
