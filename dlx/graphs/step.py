@@ -190,13 +190,13 @@ def propose(
     def each(x: Tensor) -> Tensor:
         return x[:, None].expand(B, N * L).contiguous().flatten()
 
-    more, asks = {}, policy.asks
-    if policy.filters:
+    asks, filters = policy.asks, ()
+    if policy.filters:  # behind no softcap and no biases
         top_k, top_p = buf.ints[:, COUNTS.index("top_k")], buf.num[:, NUMBERS.index("top_p")]
-        more = {"top_k": each(top_k), "top_p": each(top_p)}
+        filters = (0.0, None, None, each(top_k), each(top_p))
     rows = (each(temp), each(buf.seed), pos.reshape(-1), each(buf.age))
     tok, conf, top, likely, entropy, margin = OPS["candidates"](
-        h.reshape(-1, E), head, *rows, ids.mask, ids.vocab, asks.k, asks.entropy, asks.margin, **more
+        h.reshape(-1, E), head, *rows, ids.mask, ids.vocab, asks.k, asks.entropy, asks.margin, *filters
     )
     c = Candidates(tok.view(B, N, L), conf.view(B, N, L))
     if asks.k:

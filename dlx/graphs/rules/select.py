@@ -25,7 +25,7 @@ class Threshold:
     def __call__(self, c: Candidates, w: Seen) -> Tensor:
         bar = w.accept
         if self.decay:
-            assert w.age is not None, "Policy refuses this field with a canvas"
+            assert w.age is not None, "a canvas tells no age"
             bar = torch.maximum(1.0 - self.decay * w.age.float(), bar)
         conf = torch.where(w.todo, c.conf, NEVER)
         take = conf > bar[:, None, None]
