@@ -19,6 +19,7 @@ class Finish(StrEnum):
     STOP = "stop"  # a stop id was committed
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
+    REPETITION = "repetition"  # one token stood max_repetition_run times in a row
     ERROR = "error"  # its logits were not finite
     ABORT = "abort"  # the caller dropped it
 
@@ -34,6 +35,7 @@ class SamplingParams:
     open_at         float   share of the last open block that opens the next one, 0 to 1
     force_at        float   share of the block before at which a block must accept a token, 0 to 1
     max_nfe         int     denoise forwards to spend at most
+    max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard
     ignore_eos      bool    go on past stop ids
     stop_token_ids  ids that end the answer, besides the model's own
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
@@ -47,6 +49,7 @@ class SamplingParams:
     open_at: float | None = None
     force_at: float | None = None
     max_nfe: int | None = None
+    max_repetition_run: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
@@ -65,6 +68,8 @@ class SamplingParams:
                 _number(name, value, 0.0, 1.0)
         if self.max_nfe is not None:
             _integer("max_nfe", self.max_nfe, 1, 2**31 - 1)
+        if self.max_repetition_run is not None:
+            _integer("max_repetition_run", self.max_repetition_run, 2, 2**31 - 1)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):

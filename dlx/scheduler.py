@@ -23,6 +23,7 @@ FINISH = {
     buffer.LENGTH: Finish.LENGTH,
     buffer.MAX_NFE: Finish.MAX_NFE,
     buffer.BAD: Finish.ERROR,
+    buffer.REPETITION: Finish.REPETITION,
 }
 
 
@@ -173,7 +174,15 @@ class Scheduler:
                 self.policy.force_at if p.force_at is None else p.force_at,
                 p.temperature,
             ),
-            ints=(len(request.prompt) + p.max_tokens, p.max_nfe or 2**31 - 1, int(p.ignore_eos)),
+            ints=(
+                len(request.prompt) + p.max_tokens,
+                p.max_nfe or buffer.UNLIMITED,
+                int(p.ignore_eos),
+                len(request.prompt),
+                p.max_repetition_run or self.policy.max_repetition_run or buffer.UNLIMITED,
+                0,
+                -1,
+            ),
             stops=stops,
             seed=random.getrandbits(62) if p.seed is None else p.seed,
             lora=self._lora(request),
@@ -186,6 +195,11 @@ class Scheduler:
         if params.adapter is not None and params.adapter not in self.adapters[1:]:
             known = ", ".join(self.adapters[1:]) or "none: build it with adapters={name: folder}"
             raise RequestError(f"adapter={params.adapter!r} is not one that the engine was built with ({known})")
+        if params.max_repetition_run is not None and self.policy.max_repetition_run is None:
+            raise RequestError(
+                f"max_repetition_run={params.max_repetition_run} needs a policy that guards; "
+                "build the engine with replace(policy, max_repetition_run=64), say, or pass None"
+            )
         if not prompt:
             raise RequestError("the prompt is empty; pass at least one token")
         for at, tok in enumerate(prompt):

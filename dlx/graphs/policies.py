@@ -35,6 +35,9 @@ class Policy:
     full      what a query at position q sees, where a prompt has P tokens. True: all P for q < P, and every key below
               (q // L + 1) · L from P on. False: the latter for every q. None takes what the model was trained for
     canvas    a block is a canvas of random tokens, not of masks (see graphs/canvas.py); None: masks
+    auto_max_nfe        a request without a max_nfe gets one in this forward, from its tokens per forward so far (see
+                        stops.py; it can cut answers); None: never
+    max_repetition_run  a token that stands so often in a row ends the answer; requests may override it; None: no guard
     accept, open_at, force_at  defaults of the columns a request may override (see SamplingParams)
     """
 
@@ -49,6 +52,8 @@ class Policy:
     accept: float = 0.9
     open_at: float = 0.1
     force_at: float = 0.9
+    auto_max_nfe: int | None = None
+    max_repetition_run: int | None = None
 
     def __post_init__(self) -> None:
         if self.L is not None and not (_integer(self.L) and 1 <= self.L <= 256):
@@ -65,14 +70,25 @@ class Policy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
                 raise PolicyError(f"{name}={value!r} is not allowed; use a number from 0 to 1")
+        for name, least in (("auto_max_nfe", 1), ("max_repetition_run", 2)):
+            value = getattr(self, name)
+            if value is not None and not (_integer(value) and least <= value <= 65_536):
+                raise PolicyError(f"{name}={value!r} is not allowed; use {least} to 65536, or None")
+        if self.canvas is not None and self.auto_max_nfe is not None:
+            raise PolicyError(f"auto_max_nfe={self.auto_max_nfe} does not suit a canvas, of which nothing stays; use None")
         for name in RULES:
             rule = getattr(self, name)
-            if not callable(rule) or not is_dataclass(rule):
+            if not callable(rule) or not is_dataclass(rule) or isinstance(rule, type):
                 raise PolicyError(
                     f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in graphs/rules"
                 )
             if isinstance(rule, OF_A_CANVAS) and self.canvas is None:
                 raise PolicyError(f"{name}={rule!r} is a rule of canvases; pass canvas=Canvas(), or another rule")
+
+    @property
+    def keeps(self) -> bool:
+        """Decided tokens stay, so that what is before the first mask is final."""
+        return isinstance(self.rewrite, Keep)
 
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""

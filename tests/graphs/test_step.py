@@ -64,6 +64,10 @@ def begin(policy: Policy, rows: list[dict[str, object]]) -> tuple[BlockBuffer, t
                 len(prompt) + int(r.get("max_tokens", 12)),
                 int(r.get("max_nfe", 1000)),
                 int(r.get("ignore_eos", 0)),
+                len(prompt),
+                int(r.get("max_repetition_run", buffer.UNLIMITED)),
+                0,
+                -1,
             ),  # type: ignore[call-overload]
             stops=[STOP],
             seed=slot,
@@ -208,7 +212,7 @@ def test_leading_counts_whole_places_up_to_the_first_that_is_not() -> None:
 
 def test_a_row_packs_and_unpacks_to_the_same() -> None:
     buf = buffer.allocate(2, 2, L, W, 8, torch.device("cpu"))
-    row = Row([7, 8], 20, [3, 1, 4], (0.25, 0.5, 0.75, 1.5), (40, 17, 1), [5, 6], 2**61 + 12345)
+    row = Row([7, 8], 20, [3, 1, 4], (0.25, 0.5, 0.75, 1.5), (40, 17, 1, 6, 9, 0, -1), [5, 6], 2**61 + 12345)
     buffer.admit_(buf, 1, buffer.pack(row, L, W, 8), MASK)
     assert buf.tok[1].tolist() == [[7, 8, MASK, MASK], [MASK] * 4, [MASK] * 4]
     assert buf.held[1].sum().item() == 2
@@ -216,6 +220,6 @@ def test_a_row_packs_and_unpacks_to_the_same() -> None:
     assert (buf.start[1].item(), buf.open[1].item(), buf.seed[1].item()) == (20, 1, 2**61 + 12345)
     assert buf.pages[1].tolist() == [3, 1, 4, 0, 0, 0, 0, 0]
     assert buf.num[1].tolist() == [0.25, 0.5, 0.75, 1.5]
-    assert buf.ints[1].tolist() == [40, 17, 1]
+    assert buf.ints[1].tolist() == [40, 17, 1, 6, 9, 0, -1]
     assert buf.stops[1].tolist() == [5, 6, -1, -1, -1, -1, -1, -1]
     assert buf.done.tolist() == [True, False]
