@@ -75,7 +75,9 @@ class Policy:
             if value is not None and not (_integer(value) and least <= value <= 65_536):
                 raise PolicyError(f"{name}={value!r} is not allowed; use {least} to 65536, or None")
         if self.canvas is not None and self.auto_max_nfe is not None:
-            raise PolicyError(f"auto_max_nfe={self.auto_max_nfe} does not suit a canvas, of which nothing stays; use None")
+            raise PolicyError(
+                f"auto_max_nfe={self.auto_max_nfe} does not suit a canvas, of which nothing stays; use None"
+            )
         for name in RULES:
             rule = getattr(self, name)
             if not callable(rule) or not is_dataclass(rule) or isinstance(rule, type):
