@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from dlx.evals import Decoder, Record, evaluate
 from dlx.graphs.policies import Policy, named
 
 # what is drawn if nothing is named: the field's setting of several blocks, and the one that the trainer decodes with
-LINES = ("single_bd", "multi_bd", "multi_bd:open_at=0.5,force_at=1.0")
+LINES = ("single_bd", "multi_bd", "multi_bd:N=2,open_at=0.5,force_at=1.0")
 THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 0.95)
 DROP, STEEP = 5.0, 3.0  # AUP: percent of accuracy under which points do not count, and how lost accuracy weighs
 SCHEMA = 1
@@ -85,7 +86,7 @@ def aup(points: Iterable[tuple[float, float]], best: float) -> float:
     ordered = sorted(points)
     kept = [(rho, y) for rho, y in ordered if y >= ordered[0][1] - DROP]
     area = kept[0][0] * kept[0][1]
-    for (r0, y0), (r1, y1) in zip(kept, kept[1:]):
+    for (r0, y0), (r1, y1) in pairwise(kept):
         area += (r1 - r0) * sum(y * min(math.exp(-STEEP * (1 - y / best)), 1.0) for y in (y0, y1)) / 2
     return area
 
@@ -95,6 +96,15 @@ def described(one: Line, records: dict[float, Record], made: Json) -> Json:
     points = [{"value": value, **record.describe()} for value, record in records.items()]
     policy = next(iter(one.policies.values())).describe()
     return {"policy": policy, "swept": one.swept, "made": dict(made), "points": points}
+
+
+def joined(old: Json | None, new: Json) -> Json:
+    """A described line with the points of an older one of the same name that it has not."""
+    if old is None:
+        return new
+    fresh = {point["value"] for point in new["points"]}
+    points = [point for point in old["points"] if point["value"] not in fresh] + new["points"]
+    return {**new, "points": sorted(points, key=lambda point: point["value"])}
 
 
 def report(lines: dict[str, Json], **how: object) -> Json:
@@ -114,7 +124,8 @@ def report(lines: dict[str, Json], **how: object) -> Json:
 
 def markdown(record: Json) -> str:
     """The table of a record: accuracy and tokens per forward of each point, and AUP."""
-    head = "| policy | swept | accuracy at tokens per forward | AUP | mean AUP of a task |\n| --- | --- | --- | ---: | ---: |\n"
+    head = "| policy | swept | accuracy at tokens per forward | AUP | mean AUP of a task |\n"
+    head += "| --- | --- | --- | ---: | ---: |\n"
     rows = []
     for name, one in sorted(record["lines"].items(), key=lambda item: -item[1]["aup"]):
         points = sorted(one["points"], key=lambda p: p["tokens_per_forward"])

@@ -1,7 +1,7 @@
 """Accuracy against tokens per forward of policies on the bundled tasks; a door to dlx.frontier.
 
 python tools/frontier.py --json profiles/runs/cpu/tiny--frontier.json --png profiles/runs/cpu/tiny--frontier.png
-python tools/frontier.py edit dmax:accept=0.5|0.7 --json FILE    adds these lines to the file, or takes their place
+python tools/frontier.py edit dmax:accept=0.5|0.7 --json FILE    adds these points to the file, or takes their place
 python tools/frontier.py --only-draw --json FILE --png FILE      draws again, and rewrites the README's table
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from dlx import LLM, DlxError
 from dlx.errors import ConfigError
 from dlx.evals import MAX_TOKENS, SEED
-from dlx.frontier import LINES, THRESHOLDS, Json, described, draw, line, markdown, measure, report
+from dlx.frontier import LINES, THRESHOLDS, Json, described, draw, joined, line, markdown, measure, report
 from dlx.provenance import provenance
 from dlx.tasks import MIX, installed
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         build = _builder(args)
         records = measure(one, build, tasks, args.n, lambda text: print(text, flush=True))
         made = provenance(shlex.join(["python", *sys.argv]), args.device or "cpu")
-        lines[one.name] = described(one, records, made)
+        lines[one.name] = joined(lines.get(one.name), described(one, records, made))
         record = report(lines, model=Path(args.model or "tiny").name, prompts=asked)
         if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--graphs", help="off, compile or capture")
     add("--max-num-seqs", type=int, default=32, help="prompts that decode at once (default 32)")
     add("--max-model-len", type=int, help="tokens of prompt and answer")
-    add("--json", type=Path, help="the record; lines that it has already stay in it")
+    add("--json", type=Path, help="the record; points that it has already stay in it")
     add("--png", type=Path, help="the plot; needs matplotlib")
     add("--readme", action="store_true", help="write the table into the README")
     add("--only-draw", action="store_true", help="measure nothing: draw what --json holds")

@@ -28,7 +28,7 @@ class BlockBuffer(NamedTuple):
     start: Tensor  # [B]               int32  absolute position of tok[b, 0, 0]
     pages: Tensor  # [B, W]            int32  page table
     num: Tensor  # [B, len(NUMBERS)] f32    per-request numbers
-    ints: Tensor  # [B, len(COUNTS)]  int32  limit: absolute position that the answer may not reach; given: the prompt's tokens
+    ints: Tensor  # [B, len(COUNTS)]  int32  limit: position that the answer may not reach; given: the prompt's tokens
     stops: Tensor  # [B, STOP_IDS]     int32  ids that end the answer; -1 is none
     seed: Tensor  # [B]               int64  key of the draws
     age: Tensor  # [B]               int32  denoise forwards so far

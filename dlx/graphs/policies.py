@@ -80,7 +80,7 @@ class Policy:
             )
         for name in RULES:
             rule = getattr(self, name)
-            if not callable(rule) or not is_dataclass(rule) or isinstance(rule, type):
+            if not callable(rule) or isinstance(rule, type) or not (is_dataclass(rule) and _frozen(rule)):
                 raise PolicyError(
                     f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in graphs/rules"
                 )
@@ -100,6 +100,10 @@ class Policy:
             out[f.name] = {"rule": type(value).__name__, **asdict(value)} if f.name in RULES else value
         out["canvas"] = None if self.canvas is None else asdict(self.canvas)
         return out
+
+
+def _frozen(rule: Any) -> bool:
+    return type(rule).__dataclass_params__.frozen
 
 
 def _integer(value: object) -> bool:

@@ -49,7 +49,7 @@ def committed(
 
     Blocks that just became whole, in order; when the forwards are spent, also the decided tokens before the first
     mask. Cut after the first stop id and at the limit. Where decided tokens stay (`Policy.keeps`), a stop id or the
-    limit behind decided tokens alone ends the row at once: neither the rest of its block nor other blocks are waited for.
+    limit behind decided tokens alone ends the row at once: the rest of its block is not waited for.
     """
     B, _, L = new.tok.shape
     tok, held = new.tok[:, :-1].flatten(1), new.held[:, :-1].flatten(1)
