@@ -34,6 +34,11 @@ class SamplingParams:
     threshold       float   confidence above which a token is accepted, 0 to 1
     open_at         float   share of the last open block that opens the next one, 0 to 1
     force_at        float   share of the block before at which a block must accept a token, 0 to 1
+    edit            float   confidence above which a decided token is replaced, 0 to 1; of policies that edit
+    remask          float   confidence below which a decided token is masked again, 0 to 1; of policies that remask
+    stability       float   share of the last open block's tokens proposed again that opens the next one, 0 to 1
+    top_k           int     draw from so many of the likeliest tokens; 0 is off; of policies with filters
+    top_p           float   draw from the likeliest tokens up to the first that brings their sum above it; 1 is off
     max_nfe         int     denoise forwards to spend at most
     max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard
     ignore_eos      bool    go on past stop ids
@@ -48,6 +53,11 @@ class SamplingParams:
     threshold: float | None = None
     open_at: float | None = None
     force_at: float | None = None
+    edit: float | None = None
+    remask: float | None = None
+    stability: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
     max_nfe: int | None = None
     max_repetition_run: int | None = None
     ignore_eos: bool = False
@@ -62,7 +72,9 @@ class SamplingParams:
             raise RequestError(
                 f"temperature={self.temperature!r} is not allowed; pass 0, or a number from {COLDEST:g} to 100"
             )
-        for name in ("threshold", "open_at", "force_at"):
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        for name in ("threshold", "open_at", "force_at", "edit", "remask", "stability"):
             value = getattr(self, name)
             if value is not None:
                 _number(name, value, 0.0, 1.0)

@@ -173,11 +173,16 @@ class Scheduler:
                 self.policy.open_at if p.open_at is None else p.open_at,
                 self.policy.force_at if p.force_at is None else p.force_at,
                 p.temperature,
+                self.policy.edit if p.edit is None else p.edit,
+                self.policy.remask if p.remask is None else p.remask,
+                self.policy.stability if p.stability is None else p.stability,
+                p.top_p,
             ),
             ints=(
                 len(request.prompt) + p.max_tokens,
                 p.max_nfe or buffer.UNLIMITED,
                 int(p.ignore_eos),
+                p.top_k,
                 len(request.prompt),
                 p.max_repetition_run or self.policy.max_repetition_run or buffer.UNLIMITED,
                 0,
@@ -192,6 +197,13 @@ class Scheduler:
         """Raise RequestError for what can never run, before it is queued."""
         request.params.check()
         prompt, params, card = request.prompt, request.params, self.card
+        for name in ("edit", "remask", "stability"):
+            if getattr(params, name) is not None and name not in self.policy.asks.numbers:
+                raise RequestError(f"{name}={getattr(params, name)} has no rule that reads it; use another policy")
+        if (params.top_k or params.top_p < 1) and not self.policy.filters:
+            raise RequestError(
+                f"top_k={params.top_k} and top_p={params.top_p} need a policy with filters=True; build the LLM with one"
+            )
         if params.adapter is not None and params.adapter not in self.adapters[1:]:
             known = ", ".join(self.adapters[1:]) or "none: build it with adapters={name: folder}"
             raise RequestError(f"adapter={params.adapter!r} is not one that the engine was built with ({known})")

@@ -76,7 +76,9 @@ class Worker:
         self.kv = tuple(self._pages(G, D) for G, D in self.card.kv)  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
         E = self.card.hidden if self.card.shift else 0
-        self.buf = buffer.allocate(B, self.policy.N, self.L, W, STOP_IDS, self.device, E, config.torch_dtype)
+        self.buf = buffer.allocate(
+            B, self.policy.N, self.L, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
+        )
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         self.sent = loop.allocate(B, self.policy.N * self.L, config.forwards, self.device)
         self.epoch = 0  # launches sent

@@ -7,13 +7,15 @@ status is three facts: how many leading places are `open`, which of them are `wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NUMBERS = ("accept", "open_at", "force_at", "temp")
-COUNTS = ("limit", "max_nfe", "ignore_eos", "given", "max_repetition_run", "run", "tail")
+NUMBERS = ("accept", "open_at", "force_at", "temp", "edit", "remask", "stability", "top_p")
+COUNTS = ("limit", "max_nfe", "ignore_eos", "top_k", "given", "max_repetition_run", "run", "tail")
 UNLIMITED = 2**31 - 1  # of a count that ends nothing
 RUNNING, STOP, LENGTH, MAX_NFE, BAD, REPETITION = range(6)  # Outbox.why
 
@@ -35,6 +37,7 @@ class BlockBuffer(NamedTuple):
     done: Tensor  # [B]               bool   the row is inert: writes no K/V, commits nothing
     lora: Tensor  # [B]               int32  adapter slot; 0 is none
     last: Tensor  # [B, E or 0]       final hidden state before `start`, where a token is read off the position before
+    mem: dict[str, Tensor]  # [B, N+1, …] each  what the policy's rules keep, by name
 
 
 class Outbox(NamedTuple):
@@ -63,9 +66,10 @@ class Row(NamedTuple):
 
 
 def allocate(
-    B: int, N: int, L: int, W: int, stops: int, device: torch.device, E: int = 0, dtype: torch.dtype = torch.float32
-) -> BlockBuffer:
-    """A buffer whose rows are all done; E is 0 where no hidden state is kept."""
+    B: int, N: int, L: int, W: int, stops: int, device: torch.device, E: int = 0, dtype: torch.dtype = torch.float32,
+    mem: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = MappingProxyType({}),
+) -> BlockBuffer:  # fmt: skip
+    """A buffer whose rows are all done; E is 0 where no hidden state is kept, `mem` as of Policy.memory."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
@@ -85,12 +89,13 @@ def allocate(
         done=torch.ones(B, dtype=torch.bool, device=device),
         lora=zeros(B),
         last=zeros(B, E, dtype=dtype),
+        mem={name: zeros(B, N + 1, *shape, dtype=kind) for name, (shape, kind) in mem.items()},
     )
 
 
 def rows(buf: BlockBuffer, B: int) -> BlockBuffer:
     """The first B rows, as views: one a tensor, so that a compiled step may write them in place."""
-    return BlockBuffer(*(t[:B] for t in buf))
+    return BlockBuffer(*(t[:B] for t in buf[:-1]), mem={name: t[:B] for name, t in buf.mem.items()})
 
 
 def pack(row: Row, L: int, W: int, stops: int) -> Tensor:
@@ -126,4 +131,6 @@ def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
     buf.seed[slot].copy_(seed.clone().view(torch.int64)[0])  # the clone aligns the bits for an int64 view
     buf.age[slot].fill_(0)
     buf.lora[slot].copy_(head[2])
+    for kept in buf.mem.values():
+        kept[slot].fill_(0)
     buf.done[slot].fill_(False)

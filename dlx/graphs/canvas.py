@@ -74,7 +74,7 @@ def canvas_(
 ) -> None:
     """One forward of every row, in place; arguments as of `graphs.step.step_`."""
     new, kept, outbox = denoise(policy, ids, net, buf, memory, kv, at)
-    for old, value in zip((*buf, *memory), (*new, *kept), strict=True):
+    for old, value in zip((*buf[:-1], *memory), (*new[:-1], *kept), strict=True):
         if old is not value:
             old.copy_(value)
     out.copy_(outbox.pack())
@@ -108,7 +108,7 @@ def denoise(
 
     # think: candidates at this forward's temperature, and what their distributions expect to be embedded
     at("think")
-    x = policy.embed(net.embed, torch.where(tok == ids.mask, noise(buf.seed, pos, buf.age, ids.vocab), tok))
+    x = policy.embed(net.embed, torch.where(tok == ids.mask, noise(buf.seed, pos, buf.age, ids.vocab), tok), {})
     x = torch.where(encode[:, None, None], x, net.condition(x, soft))
     h = net.forward(x, View(pos, buf.pages, seen, encode=encode), kv).flatten(0, 1)
     heat = policy.canvas.heat(turn) * torch.where(warm > 0, warm, 1.0)

@@ -85,7 +85,7 @@ def _step(policy: Policy, ids: Ids, device: torch.device, dtype: torch.dtype) ->
     ids = ids._replace(vocab=max(ids.vocab, 8))
     net = Blank(ids.vocab, device, dtype)
     last = E if ids.shift else 0
-    buf = buffer.allocate(2, policy.N, policy.L, 1, 1, device, last, dtype)
+    buf = buffer.allocate(2, policy.N, policy.L, 1, 1, device, last, dtype, policy.memory())
     if policy.canvas is None:
         step.denoise(policy, ids, net, buf, ())
     else:

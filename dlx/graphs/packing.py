@@ -26,10 +26,10 @@ FREE = 256  # positions of a forward up to which one more costs nothing on a GPU
 def seats(B: int, N: int, L: int) -> int | None:
     """Blocks that a forward of B rows computes; None where packing saves nothing.
 
-    N a row, and room for a quarter of the rows to commit as well.
+    N a row, and room for an eighth of the rows to commit as well.
     """
     most = B * (N + 1)
-    some = B * N + -(-B // 4)
+    some = B * N + -(-B // 8)
     return some if most * L > FREE and some < most else None
 
 
@@ -63,8 +63,8 @@ class Every(NamedTuple):
         return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
-        """[B, places, L] → [B, places · L]"""
-        return tok.flatten(1)
+        """[B, places, L, …] → [B, places · L, …]"""
+        return tok.flatten(1, 2)
 
     def places(self, h: Tensor, L: int) -> Tensor:
         """[B, places · L, E] → [B, places, L, E]"""
@@ -102,7 +102,7 @@ class Packed(NamedTuple):
         return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
-        """[B, places, L] → [seats, L]"""
+        """[B, places, L, …] → [seats, L, …]"""
         return tok[self.row, self.place]
 
     def places(self, h: Tensor, L: int) -> Tensor:

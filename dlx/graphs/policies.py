@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import reduce
+from typing import Any, Literal, get_args
+
+import torch
 
 from dlx.errors import PolicyError
 from dlx.graphs.rules import (
+    Asking,
+    Asks,
+    Calm,
     Canvas,
+    Credit,
+    Edit,
     Embed,
     EntropyBound,
+    EntropyFirst,
     Filled,
     Fixed,
     Hard,
+    Hierarchical,
     Keep,
+    Keeping,
+    Leading,
+    Merge,
+    Plain,
+    Quota,
     Renoise,
     Rewrite,
+    Score,
     Select,
     Settle,
+    Smooth,
     Stable,
     Threshold,
 )
 
-RULES = ("select", "rewrite", "settle", "embed")
+RULES = ("score", "select", "rewrite", "settle", "embed")
+NUMBERS = ("accept", "open_at", "force_at", "edit", "remask", "stability")  # fields that are defaults of columns
+Confidence = Literal["prob", "margin", "entropy"]
+CONFIDENCES = {"prob": Asks(), "margin": Asks(margin=True), "entropy": Asks(entropy=True)}
+assert set(CONFIDENCES) == set(get_args(Confidence))
 OF_A_CANVAS = (EntropyBound, Renoise, Stable)
 
 
@@ -35,15 +56,20 @@ class Policy:
     full      what a query at position q sees, where a prompt has P tokens. True: all P for q < P, and every key below
               (q // L + 1) · L from P on. False: the latter for every q. None takes what the model was trained for
     canvas    a block is a canvas of random tokens, not of masks (see graphs/canvas.py); None: masks
+    confidence  what ranks positions: prob of the candidate, margin over the next id, or entropy (the least first);
+              `accept` is held against the probability all the same
+    filters   requests may ask for top_k and top_p; such a step is slower
     auto_max_nfe        a request without a max_nfe gets one in this forward, from its tokens per forward so far (see
                         stops.py; it can cut answers); None: never
     max_repetition_run  a token that stands so often in a row ends the answer; requests may override it; None: no guard
-    accept, open_at, force_at  defaults of the columns a request may override (see SamplingParams)
+    accept, open_at, force_at, edit, remask, stability  defaults of the columns a request may override (SamplingParams)
+    asks, keepers, seen  what its rules ask for; those that keep a memory; the names of it that `embed` sees
     """
 
     L: int | None = None
     N: int = 1
     full: bool | None = None
+    score: Score = Plain()
     select: Select = Threshold()
     rewrite: Rewrite = Keep()
     settle: Settle = Filled()
@@ -52,8 +78,16 @@ class Policy:
     accept: float = 0.9
     open_at: float = 0.1
     force_at: float = 0.9
+    edit: float = 0.9
+    remask: float = 0.0
+    stability: float = 0.0
+    confidence: Confidence = "prob"
+    filters: bool = False
     auto_max_nfe: int | None = None
     max_repetition_run: int | None = None
+    asks: Asks = field(init=False, repr=False, compare=False)
+    keepers: tuple[Keeping, ...] = field(init=False, repr=False, compare=False)
+    seen: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.L is not None and not (_integer(self.L) and 1 <= self.L <= 256):
@@ -66,7 +100,7 @@ class Policy:
             self.N == 1 and _integer(self.canvas.steps) and self.canvas.steps > 0 < self.canvas.cold <= self.canvas.hot
         ):
             raise PolicyError(f"N={self.N} blocks with {self.canvas} are not allowed; use N=1, a step, 0 < cold <= hot")
-        for name in ("accept", "open_at", "force_at"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
                 raise PolicyError(f"{name}={value!r} is not allowed; use a number from 0 to 1")
@@ -78,6 +112,11 @@ class Policy:
             raise PolicyError(
                 f"auto_max_nfe={self.auto_max_nfe} does not suit a canvas, of which nothing stays; use None"
             )
+        if self.confidence not in CONFIDENCES or not isinstance(self.filters, bool):
+            raise PolicyError(
+                f"confidence={self.confidence!r} with filters={self.filters!r} is not allowed; "
+                f"use one of {', '.join(CONFIDENCES)}, and True or False"
+            )
         for name in RULES:
             rule = getattr(self, name)
             if not callable(rule) or isinstance(rule, type) or not (is_dataclass(rule) and _frozen(rule)):
@@ -86,6 +125,20 @@ class Policy:
                 )
             if isinstance(rule, OF_A_CANVAS) and self.canvas is None:
                 raise PolicyError(f"{name}={rule!r} is a rule of canvases; pass canvas=Canvas(), or another rule")
+        rules = [getattr(self, name) for name in RULES]
+        asked = [rule.asks for rule in rules if isinstance(rule, Asking)]
+        keepers = tuple(rule for rule in rules if isinstance(rule, Keeping))
+        seen = tuple(self.embed.memory(1)) if isinstance(self.embed, Keeping) else ()
+        derived = {"asks": reduce(Asks.also, asked, CONFIDENCES[self.confidence]), "keepers": keepers, "seen": seen}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        if self.canvas is not None and (keepers or self.asks != Asks() or self.filters):
+            raise PolicyError(f"{self.canvas} keeps no memory and has no filters; use rules that need none")
+
+    def memory(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What the rules keep of a block: name → shape behind [B, N+1], dtype. For a policy with its block length."""
+        assert self.L is not None, "bind() gives a policy its block length"
+        return {name: kept for rule in self.keepers for name, kept in rule.memory(self.L).items()}
 
     @property
     def keeps(self) -> bool:
@@ -95,7 +148,7 @@ class Policy:
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
         out: dict[str, Any] = {}
-        for f in fields(self):
+        for f in (f for f in fields(self) if f.init):
             value = getattr(self, f.name)
             out[f.name] = {"rule": type(value).__name__, **asdict(value)} if f.name in RULES else value
         out["canvas"] = None if self.canvas is None else asdict(self.canvas)
@@ -110,12 +163,30 @@ def _integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+EDITING = Policy(rewrite=Edit(), settle=Calm(), accept=0.95)
+DMAX = replace(EDITING, select=Leading(), settle=Calm(sure=0.9), embed=Merge(), accept=0.5, edit=0.0)
+
 POLICIES: dict[str, Policy] = {
     "single_bd": Policy(),
     "multi_bd": Policy(N=4),
     "fixed": Policy(select=Fixed(1)),
     # D2F (discrete diffusion forcing): for networks trained all-to-all, by themselves or with its adapters
     "d2f": Policy(N=4, full=True),
+    "edit": EDITING,
+    "dmax": DMAX,
+    "token_merge": replace(DMAX, embed=Smooth()),
+    "iter_smooth": Policy(
+        select=Threshold(decay=0.02),
+        embed=Smooth(k=8, weight=0.3, first=0.15, growth=0.02, of="masks"),
+        accept=0.8,
+    ),
+    "hierarchical": Policy(select=Hierarchical()),
+    "credit": Policy(score=Credit()),
+    # SDAR's own: L tokens shared out over `steps` forwards
+    "sequential": Policy(select=Quota(by="place")),
+    "low_confidence_static": Policy(select=Quota()),
+    "low_confidence_dynamic": Policy(select=Quota(by="threshold"), accept=0.85),
+    "entropy_bounded": Policy(select=EntropyFirst(), accept=0.35),
     "diffusion_gemma": Policy(select=EntropyBound(), rewrite=Renoise(), settle=Stable(), canvas=Canvas(), accept=0.1),
 }
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.packing import fitting, layout, seats
 from dlx.graphs.policies import Policy
-from dlx.graphs.rules import Candidates, Seen
+from dlx.graphs.rules import Candidates, Memory, Seen
+from dlx.graphs.rules.settle import SAME
 from dlx.graphs.stops import budgeted, committed, leading
 from dlx.ops import OPS
 from dlx.ops.attention import View
@@ -54,7 +55,7 @@ def step_(
     at   told the verb of each part as it begins; for profiles of eager steps
     """
     new, outbox = denoise(policy, ids, net, buf, kv, at)
-    for old, value in zip(buf, new, strict=True):
+    for old, value in (*zip(buf[:-1], new[:-1], strict=True), *((old, new.mem[k]) for k, old in buf.mem.items())):
         if old is not value:
             old.copy_(value)
     out.copy_(outbox.pack())
@@ -82,6 +83,9 @@ def denoise(
     last = progress.gather(1, (buf.open - 1).clamp_min(0).long()[:, None])[:, 0]
     most = torch.minimum(policy.N + (lead > 0).int(), (limit - buf.start + L - 1) // L)
     more = (last >= buf.num[:, num("open_at")]) & (buf.open < most) & ~buf.done
+    if SAME in buf.mem:
+        same = buf.mem[SAME].gather(1, (buf.open - 1).clamp_min(0).long()[:, None])[:, 0]
+        more = more & (same >= buf.num[:, num("stability")])
     opened = buf.open + more.int()
 
     # look: every open place is computed, if there is room; the N from `lead` (or 0) on may decode
@@ -98,26 +102,37 @@ def denoise(
     cut = Cut(ahead)
     before = torch.cat((torch.ones_like(progress[:, :1]), progress[:, :-1]), 1)
     tok, live = cut(buf.tok), (cut(part & ~buf.whole))[..., None] & ~cut(buf.held)
-    accept, force_at, temp = (buf.num[:, num(name)] for name in ("accept", "force_at", "temp"))
-    w = Seen(tok, live & (tok == ids.mask), live, cut(before), accept, force_at, ids.mask)
+    accept, force_at, temp, edit, remask = (
+        buf.num[:, num(name)] for name in ("accept", "force_at", "temp", "edit", "remask")
+    )
+    mem = {name: cut(kept) for name, kept in buf.mem.items()}
+    mine = (cut(before), accept, force_at, ids.mask, None, edit, remask, temp, buf.age, mem)
+    w = Seen(tok, live & (tok == ids.mask), live, *mine)
 
     # think: write K/V of what is looked at, attend to pages, turn the deciding positions into candidates
     at("think")
-    h = there.places(net.forward(policy.embed(net.embed, there.tokens(buf.tok)), there.view(), kv), L)
+    soft = {name: there.tokens(buf.mem[name]) for name in policy.seen}
+    h = there.places(net.forward(policy.embed(net.embed, there.tokens(buf.tok), soft), there.view(), kv), L)
     pos = buf.start[:, None, None] + torch.arange(places * L, dtype=torch.int32, device=seat.device).view(places, L)
-    c = propose(cut(shifted(h, buf.last) if ids.shift else h), net.head(), temp, buf, cut(pos), ids)
+    proposed = propose(policy, cut(shifted(h, buf.last) if ids.shift else h), net.head(), temp, buf, cut(pos), ids)
 
     # decide
     at("decide")
+    c = policy.score(proposed, w)
     take = policy.select(c, w)
     tok = torch.where(live, policy.rewrite(c, w, take), tok)
     whole = cut(buf.whole) | policy.settle(c, w, tok) & cut(part)
+    mem, deciding = {}, cut(part & ~buf.whole)
+    for rule in policy.keepers:
+        for name, kept in rule.keep(proposed, w, tok, whole).items():
+            now = deciding.view(*whole.shape, *[1] * (kept.dim() - 2))
+            mem[name] = cut.back(buf.mem[name], torch.where(now, kept, w.mem[name]))
     tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
 
     # commit: leading blocks that were whole before this forward now have their final K/V; slide them out
     at("commit")
-    new = slide(buf, tok, whole, opened, lead, ids.mask)
+    new = slide(buf, tok, whole, opened, lead, ids.mask, mem)
     if ids.shift:
         new = new._replace(last=last_of(h, lead, buf.last))
     age = buf.age + (~buf.done & (taken == shown)).int()
@@ -161,25 +176,56 @@ def last_of(h: Tensor, n: Tensor, last: Tensor) -> Tensor:
     return torch.where((n > 0)[:, None], ends.gather(1, at)[:, 0], last)
 
 
-def propose(h: Tensor, head: Tensor, temp: Tensor, buf: BlockBuffer, pos: Tensor, ids: Ids) -> Candidates:
+def propose(
+    policy: Policy, h: Tensor, head: Tensor, temp: Tensor, buf: BlockBuffer, pos: Tensor, ids: Ids
+) -> Candidates:
     """h [B, N, L, E] → Candidates [B, N, L]."""
     B, N, L, E = h.shape
-    temp, seed, age = (x[:, None].expand(B, N * L).contiguous().flatten() for x in (temp, buf.seed, buf.age))
-    tok, conf, *_ = OPS["candidates"](h.reshape(-1, E), head, temp, seed, pos.reshape(-1), age, ids.mask, ids.vocab)
-    return Candidates(tok.view(B, N, L), conf.view(B, N, L))
+
+    def each(x: Tensor) -> Tensor:
+        return x[:, None].expand(B, N * L).contiguous().flatten()
+
+    asks, filters = policy.asks, ()
+    if policy.filters:  # behind no softcap and no biases
+        top_k, top_p = buf.ints[:, COUNTS.index("top_k")], buf.num[:, NUMBERS.index("top_p")]
+        filters = (0.0, None, None, each(top_k), each(top_p))
+    rows = (each(temp), each(buf.seed), pos.reshape(-1), each(buf.age))
+    tok, conf, top, likely, entropy, margin = OPS["candidates"](
+        h.reshape(-1, E), head, *rows, ids.mask, ids.vocab, asks.k, asks.entropy, asks.margin, *filters
+    )
+    c = Candidates(tok.view(B, N, L), conf.view(B, N, L))
+    if asks.k:
+        c = c._replace(top=top.view(B, N, L, asks.k), likely=likely.view(B, N, L, asks.k))
+    if asks.entropy:
+        c = c._replace(entropy=entropy.view(B, N, L))
+    if asks.margin:
+        c = c._replace(margin=margin.view(B, N, L))
+    if policy.confidence != "prob":
+        c = c._replace(rank=c.margin if c.entropy is None or policy.confidence == "margin" else -c.entropy)
+    return c
 
 
-def slide(buf: BlockBuffer, tok: Tensor, whole: Tensor, opened: Tensor, n: Tensor, mask: int) -> BlockBuffer:
+def slide(
+    buf: BlockBuffer, tok: Tensor, whole: Tensor, opened: Tensor, n: Tensor, mask: int, mem: Memory
+) -> BlockBuffer:
     """The window moved on by n [B] blocks; fresh places are masked and closed."""
     _, places, L = tok.shape
     source = torch.arange(places, device=tok.device) + n[:, None]
     fresh = source >= places
     source = source.clamp_max(places - 1)
     wide = source[..., None].expand(-1, -1, L)
+
+    def moved(x: Tensor) -> Tensor:
+        """Fresh places hold zeros."""
+        tail = [1] * (x.dim() - 2)
+        kept = x.gather(1, source.view(-1, places, *tail).expand_as(x))
+        return torch.where(fresh.view(-1, places, *tail), 0, kept)
+
     return buf._replace(
         tok=torch.where(fresh[..., None], mask, tok.gather(1, wide)),
         held=~fresh[..., None] & buf.held.gather(1, wide),
         whole=~fresh & whole.gather(1, source),
         open=opened - n,
         start=buf.start + n * L,
+        mem={name: moved(kept) for name, kept in mem.items()},
     )

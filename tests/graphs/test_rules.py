@@ -104,7 +104,7 @@ def test_filled_means_no_mask_is_left() -> None:
 def test_hard_shows_the_tokens_as_they_are() -> None:
     table = torch.randn(8, 3)
     tok = torch.tensor([[1, 5]])
-    assert torch.equal(Hard()(lambda t: table[t], tok), table[tok])
+    assert torch.equal(Hard()(lambda t: table[t], tok, {}), table[tok])
 
 
 def canvas_scene(seed: int) -> tuple[Candidates, Seen]:

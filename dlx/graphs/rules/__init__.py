@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 from dlx.graphs.rules.canvas import Canvas
-from dlx.graphs.rules.embed import Hard
-from dlx.graphs.rules.rewrite import Keep, Renoise
-from dlx.graphs.rules.seen import Candidates, Embed, Rewrite, Seen, Select, Settle, rank
-from dlx.graphs.rules.select import EntropyBound, Fixed, Threshold
-from dlx.graphs.rules.settle import Filled, Stable
+from dlx.graphs.rules.embed import Hard, Merge, Smooth
+from dlx.graphs.rules.rewrite import Edit, Keep, Remask, Renoise
+from dlx.graphs.rules.score import Credit, Plain
+from dlx.graphs.rules.seen import (
+    Asking,
+    Asks,
+    Candidates,
+    Embed,
+    Keeping,
+    Memory,
+    Rewrite,
+    Score,
+    Seen,
+    Select,
+    Settle,
+    rank,
+)
+from dlx.graphs.rules.select import EntropyBound, EntropyFirst, Fixed, Hierarchical, Leading, Quota, Threshold
+from dlx.graphs.rules.settle import Calm, Filled, Stable
 
 __all__ = [
+    "Asking",
+    "Asks",
+    "Calm",
     "Candidates",
     "Canvas",
+    "Credit",
+    "Edit",
     "Embed",
     "EntropyBound",
+    "EntropyFirst",
     "Filled",
     "Fixed",
     "Hard",
+    "Hierarchical",
     "Keep",
+    "Keeping",
+    "Leading",
+    "Memory",
+    "Merge",
+    "Plain",
+    "Quota",
+    "Remask",
     "Renoise",
     "Rewrite",
+    "Score",
     "Seen",
     "Select",
     "Settle",
+    "Smooth",
     "Stable",
     "Threshold",
     "rank",

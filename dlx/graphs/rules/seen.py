@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+Memory = dict[str, Tensor]  # what rules keep of each block, by name
 
 
 class Candidates(NamedTuple):
@@ -16,11 +17,19 @@ class Candidates(NamedTuple):
 
     tok: Tensor  # [B, N, L]  int32
     conf: Tensor  # [B, N, L]  f32    probability of `tok` after temperature
-    entropy: Tensor | None = None  # [B, N, L]  f32    of the distribution; of a canvas only
+    entropy: Tensor | None = None  # [B, N, L]     f32    of the distribution; where a rule asks for it, or of a canvas
+    margin: Tensor | None = None  # [B, N, L]     f32    of the likeliest over the next; where it is asked for
+    top: Tensor | None = None  # [B, N, L, k]  int32  the likeliest ids, in order; −1: no more; where asked for
+    likely: Tensor | None = None  # [B, N, L, k]  f32    their probabilities
+    rank: Tensor | None = None  # [B, N, L]     f32    what ranks positions instead of `conf`; see Policy.confidence
+
+    def order(self) -> Tensor:
+        """[B, N, L] f32: larger is surer; what ranks are taken of."""
+        return self.conf if self.rank is None else self.rank
 
 
 class Seen(NamedTuple):
-    """What a rule may know of the window."""
+    """What a rule may know of the window. The first numbers are a request's own; see SamplingParams."""
 
     tok: Tensor  # [B, N, L]  int32  tokens before this forward
     todo: Tensor  # [B, N, L]  bool   undecided positions of open blocks
@@ -30,6 +39,57 @@ class Seen(NamedTuple):
     force_at: Tensor  # [B]        f32
     mask: int
     calm: Tensor | None = None  # [B, N]     int32  forwards in which the likeliest tokens stayed; of a canvas only
+    edit: Tensor | None = None  # [B]        f32    None of a canvas, as what follows
+    remask: Tensor | None = None  # [B]        f32
+    temp: Tensor | None = None  # [B]        f32
+    age: Tensor | None = None  # [B]        int32  forwards of the row before this one
+    mem: Memory = {}  # noqa: RUF012  # [B, N, …] each  what rules keep, zeros before a block's first forward
+
+    def ready(self) -> Tensor:
+        """[B, N, 1] bool: blocks that must accept something, for the block before is far enough."""
+        return (self.before >= self.force_at[:, None])[..., None]
+
+
+class Asks(NamedTuple):
+    """What a rule asks for besides tokens and confidences."""
+
+    k: int = 0  # Candidates.top and likely
+    entropy: bool = False
+    margin: bool = False
+    numbers: tuple[str, ...] = ()  # that it reads, of edit, remask and stability
+
+    def also(self, other: Asks) -> Asks:
+        """What both ask for."""
+        numbers = tuple(dict.fromkeys(self.numbers + other.numbers))
+        return Asks(max(self.k, other.k), self.entropy or other.entropy, self.margin or other.margin, numbers)
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A rule that needs more of the sampler, or numbers of the request's own."""
+
+    @property
+    def asks(self) -> Asks: ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A rule that remembers: what `keep` returns it finds in `w.mem`, or `mem`, in the next forward, moved along."""
+
+    def memory(self, L: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name → the shape behind [B, N], dtype."""
+        ...
+
+    def keep(self, c: Candidates, w: Seen, tok: Tensor, whole: Tensor) -> Memory:
+        """c as the sampler made them, tok [B, N, L] as rewritten, whole [B, N] as settled → [B, N, …] by name."""
+        ...
+
+
+@runtime_checkable
+class Score(Protocol):
+    """What are the candidates worth, all considered? → Candidates."""
+
+    def __call__(self, c: Candidates, w: Seen) -> Candidates: ...
 
 
 @runtime_checkable
@@ -55,13 +115,18 @@ class Settle(Protocol):
 
 @runtime_checkable
 class Embed(Protocol):
-    """What does the network see? → [B, C, E] for tokens [B, C]."""
+    """What does the network see? → [B, C, E] for tokens [B, C], with what this rule keeps, [B, C, …] each."""
 
-    def __call__(self, embed: Callable[[Tensor], Tensor], tok: Tensor) -> Tensor: ...
+    def __call__(self, embed: Callable[[Tensor], Tensor], tok: Tensor, mem: Memory) -> Tensor: ...
 
 
 def rank(conf: Tensor) -> Tensor:
     """[..., L] → int [..., L]: how many positions are surer; ties go to the lower position."""
+    return ahead(conf).sum(-1)
+
+
+def ahead(conf: Tensor) -> Tensor:
+    """[..., L] → bool [..., L, L]: is the position of the last axis surer than the one before it?"""
     at = torch.arange(conf.shape[-1], device=conf.device)
     mine, other = conf[..., :, None], conf[..., None, :]
-    return ((other > mine) | (other == mine) & (at < at[:, None])).sum(-1)
+    return (other > mine) | (other == mine) & (at < at[:, None])
