@@ -24,6 +24,7 @@ FINISH = {
     buffer.LENGTH: Finish.LENGTH,
     buffer.MAX_NFE: Finish.MAX_NFE,
     buffer.BAD: Finish.ERROR,
+    buffer.REPETITION: Finish.REPETITION,
 }
 
 
@@ -196,7 +197,16 @@ class Scheduler:
                 self.policy.stability if p.stability is None else p.stability,
                 p.top_p,
             ),
-            ints=(len(request.prompt) + p.max_tokens, p.max_nfe or 2**31 - 1, int(p.ignore_eos), p.top_k),
+            ints=(
+                len(request.prompt) + p.max_tokens,
+                p.max_nfe or buffer.UNLIMITED,
+                int(p.ignore_eos),
+                p.top_k,
+                len(request.prompt),
+                p.max_repetition_run or self.policy.max_repetition_run or buffer.UNLIMITED,
+                0,
+                -1,
+            ),
             stops=stops,
             seed=random.getrandbits(62) if p.seed is None else p.seed,
             lora=self._lora(request),
@@ -204,7 +214,7 @@ class Scheduler:
         )
 
     def _ids(self, request: Request) -> list[int]:
-        """Prompt and answer, masks where the answer is to be decided; more behind, where the last block is decided whole."""
+        """Prompt and answer, and what is behind it; masks are decided: the last block of block-causal models whole."""
         mask, most = self.card.mask_id, request.params.max_tokens
         fixed = dict(request.params.fixed)
         beyond = int(mask == 0) if self.whole else mask
@@ -225,6 +235,11 @@ class Scheduler:
         if params.adapter is not None and params.adapter not in self.adapters[1:]:
             known = ", ".join(self.adapters[1:]) or "none: build it with adapters={name: folder}"
             raise RequestError(f"adapter={params.adapter!r} is not one that the engine was built with ({known})")
+        if params.max_repetition_run is not None and self.policy.max_repetition_run is None:
+            raise RequestError(
+                f"max_repetition_run={params.max_repetition_run} needs a policy that guards; "
+                "build the engine with replace(policy, max_repetition_run=64), say, or pass None"
+            )
         if not prompt:
             raise RequestError("the prompt is empty; pass at least one token")
         for at, tok in enumerate(prompt):

@@ -17,7 +17,7 @@ from torch import Tensor
 from dlx import weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import CapacityError, ModelError
-from dlx.graphs import buffer, canvas, loop, prefill, sequence, shapes
+from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
 from dlx.models import family
@@ -64,6 +64,7 @@ class Worker:
         self.policy = bind(config.policy, self.card, config.block_length)
         assert self.policy.L is not None
         self.L = self.policy.L
+        own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")
         sizes = geometry(config, self.card, self.L)
         self.max_len = sizes.max_len
         chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 NUMBERS = ("accept", "open_at", "force_at", "temp", "edit", "remask", "stability", "top_p")
-COUNTS = ("limit", "max_nfe", "ignore_eos", "top_k")
-RUNNING, STOP, LENGTH, MAX_NFE, BAD = range(5)  # Outbox.why
+COUNTS = ("limit", "max_nfe", "ignore_eos", "top_k", "given", "max_repetition_run", "run", "tail")
+UNLIMITED = 2**31 - 1  # of a count that ends nothing
+RUNNING, STOP, LENGTH, MAX_NFE, BAD, REPETITION = range(6)  # Outbox.why
 
 
 class BlockBuffer(NamedTuple):
@@ -29,7 +30,7 @@ class BlockBuffer(NamedTuple):
     start: Tensor  # [B]               int32  absolute position of tok[b, 0, 0]
     pages: Tensor  # [B, W]            int32  page table
     num: Tensor  # [B, len(NUMBERS)] f32    per-request numbers
-    ints: Tensor  # [B, len(COUNTS)]  int32  limit: absolute position that the answer may not reach; max_nfe; ignore_eos
+    ints: Tensor  # [B, len(COUNTS)]  int32  limit: position that the answer may not reach; given: the prompt's tokens
     stops: Tensor  # [B, STOP_IDS]     int32  ids that end the answer; -1 is none
     seed: Tensor  # [B]               int64  key of the draws
     age: Tensor  # [B]               int32  denoise forwards so far

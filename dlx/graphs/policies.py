@@ -68,6 +68,9 @@ class Policy:
     confidence  what ranks positions: prob of the candidate, margin over the next id, or entropy (the least first);
               `accept` is held against the probability all the same
     filters   requests may ask for top_k and top_p; such a step is slower
+    auto_max_nfe        a request without a max_nfe gets one in this forward, from its tokens per forward so far (see
+                        stops.py; it can cut answers); None: never
+    max_repetition_run  a token that stands so often in a row ends the answer; requests may override it; None: no guard
     accept, open_at, force_at, edit, remask, stability  defaults of the columns a request may override (SamplingParams)
     asks, keepers, seen  what its rules ask for; those that keep a memory; the names of it that `embed` sees
     """
@@ -90,6 +93,8 @@ class Policy:
     stability: float = 0.0
     confidence: Confidence = "prob"
     filters: bool = False
+    auto_max_nfe: int | None = None
+    max_repetition_run: int | None = None
     asks: Asks = field(init=False, repr=False, compare=False)
     keepers: tuple[Keeping, ...] = field(init=False, repr=False, compare=False)
     seen: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -117,6 +122,14 @@ class Policy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
                 raise PolicyError(f"{name}={value!r} is not allowed; use a number from 0 to 1")
+        for name, least in (("auto_max_nfe", 1), ("max_repetition_run", 2)):
+            value = getattr(self, name)
+            if value is not None and not (_integer(value) and least <= value <= 65_536):
+                raise PolicyError(f"{name}={value!r} is not allowed; use {least} to 65536, or None")
+        if self.canvas is not None and self.auto_max_nfe is not None:
+            raise PolicyError(
+                f"auto_max_nfe={self.auto_max_nfe} does not suit a canvas, of which nothing stays; use None"
+            )
         if self.confidence not in CONFIDENCES or not isinstance(self.filters, bool):
             raise PolicyError(
                 f"confidence={self.confidence!r} with filters={self.filters!r} is not allowed; "
@@ -124,7 +137,7 @@ class Policy:
             )
         for name in RULES:
             rule = getattr(self, name)
-            if not callable(rule) or not is_dataclass(rule):
+            if not callable(rule) or isinstance(rule, type) or not (is_dataclass(rule) and _frozen(rule)):
                 raise PolicyError(
                     f"{name}={rule!r} is not a rule; pass a frozen dataclass with __call__, as in graphs/rules"
                 )
@@ -151,6 +164,11 @@ class Policy:
         assert self.L is not None, "bind() gives a policy its block length"
         return {name: kept for rule in self.keepers for name, kept in rule.memory(self.L).items()}
 
+    @property
+    def keeps(self) -> bool:
+        """Decided tokens stay, so that what is before the first mask is final."""
+        return isinstance(self.rewrite, Keep)
+
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
         out: dict[str, Any] = {}
@@ -160,6 +178,10 @@ class Policy:
             out[f.name] = {"rule": type(value).__name__, **asdict(value)} if ruled else value
         out["canvas"] = None if self.canvas is None else asdict(self.canvas)
         return out
+
+
+def _frozen(rule: Any) -> bool:
+    return type(rule).__dataclass_params__.frozen
 
 
 def _integer(value: object) -> bool:

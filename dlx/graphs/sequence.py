@@ -19,9 +19,10 @@ from torch import Tensor
 
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.policies import Policy
-from dlx.graphs.rules import Keep, Seen
+from dlx.graphs.rules import Seen
 from dlx.graphs.rules.turn import ALL, PAIR, REST, SUB, After, Scope, first
-from dlx.graphs.step import Ids, Network, committed, propose, silent
+from dlx.graphs.step import Ids, Network, propose, silent
+from dlx.graphs.stops import budgeted, committed
 from dlx.ops import OPS
 from dlx.ops.attention import View
 from dlx.ops.candidates.reference import philox
@@ -159,23 +160,20 @@ def denoise(
             now = torch.where(whole.view(shape), 0, torch.where(on.view(shape), now, mem[name]))
             kept[name] = torch.cat((now, torch.zeros_like(now)), 1)
 
-    # commit: a block that is decided is delivered, what ends the answer once all before it is, if that stays
+    # commit: a block that is decided is delivered, and the next begins
     at("commit")
-    final = whole
-    if isinstance(policy.rewrite, Keep):
-        ignore = (buf.ints[:, COUNTS.index("ignore_eos")] != 0)[:, None]
-        ends = (tok[..., None] == buf.stops[:, None]).any(-1) & ~given & ~ignore | (block == limit[:, None] - 1)
-        final = whole | on & (ends & ((tok == ids.mask).int().cumsum(1) == 0)).any(1)
     age = buf.age + on.int()
-    spent = (age >= buf.ints[:, COUNTS.index("max_nfe")]) & on
+    told = torch.where((block >= limit[:, None]) & full, ids.mask, tok)  # nothing is there
     shown = buf._replace(
-        tok=torch.stack((tok, torch.full_like(tok, ids.mask)), 1),
+        tok=torch.stack((told, torch.full_like(tok, ids.mask)), 1),
         held=torch.stack((given, torch.zeros_like(given)), 1),
-        whole=torch.stack((final, torch.zeros_like(final)), 1),
+        whole=torch.stack((whole, torch.zeros_like(whole)), 1),
         age=age,
         mem=kept,
     )
-    n, why = committed(shown, spent, limit, bad, ids.mask)
+    shown = budgeted(policy, shown, ids.mask)
+    spent = (age >= shown.ints[:, COUNTS.index("max_nfe")]) & on
+    shown, n, why = committed(policy, shown, spent, bad, ids.mask)
     n, why = (torch.where(on, v, 0).int() for v in (n, why))
     new = shown._replace(done=buf.done | (why != RUNNING), start=torch.where(whole, buf.start + policy.L, buf.start))
     ahead = new.start[:, None] + torch.arange(policy.L, dtype=torch.int32, device=device)
@@ -183,7 +181,7 @@ def denoise(
     want = torch.where(on, policy.turn(After(ahead, whole, age, ids.mask)), memory.want)
     turn = torch.where(whole, 0, memory.turn + on.int())
     why = torch.where(why == RUNNING, torch.where(buf.done, 0, -want), why)
-    return new, Memory(after, memory.held, turn, want), Outbox(tok, n, age, why)
+    return new, Memory(after, memory.held, turn, want), Outbox(told, n, age, why)
 
 
 def lowest(what: Scope, s: Tensor, L: int, todo: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def test_blocks_from_left_to_right_decode_like_the_reference(made: tuple[str, An
 def test_the_compiled_step_decodes_like_the_reference(name: str, forwards: int, tmp_path: Path) -> None:
     net, L = network(name, seed=1, spread=6.0), FAMILIES[name].L
     with LLM(
-        write(tmp_path, name, net), policy="d2f" if FAMILIES[name].full else None, graphs="compile", device="cpu", dtype="float32", block_length=L, max_num_seqs=2,
-        forwards=forwards,
+        write(tmp_path, name, net), policy="d2f" if FAMILIES[name].full else None, graphs="compile", device="cpu",
+        dtype="float32", block_length=L, max_num_seqs=2, forwards=forwards,
     ) as llm:  # fmt: skip
         assert not hold(
             llm, net, name, STRATEGIES["d2f" if FAMILIES[name].full else "single_bd"], [3, L, 2 * L + 1, 70]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Within:
     """
 
     size: int = 8
-    select: Select = Threshold()
+    select: Select = field(default_factory=Threshold)
 
     def __call__(self, c: Candidates, w: Seen) -> Tensor:
         some = w.todo.unflatten(-1, (-1, self.size)).any(-1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,9 +43,10 @@ class After(NamedTuple):
 class Turn(Protocol):
     """→ [B] int32: the number in `scopes` of what a row computes next; it begins with 0."""
 
-    blocks: ClassVar[bool] | bool
-    full: ClassVar[bool]
-
+    @property
+    def blocks(self) -> bool: ...  # the answer is cut into blocks
+    @property
+    def full(self) -> bool: ...  # for models trained all-to-all
     @property
     def scopes(self) -> tuple[Scope, ...]: ...
     def __call__(self, a: After) -> Tensor: ...
@@ -59,7 +60,7 @@ class Whole:
     """
 
     blocks: bool = True
-    full: ClassVar[bool] = True
+    full: bool = field(default=True, init=False, repr=False)
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
@@ -85,8 +86,8 @@ class Refresh:
     left: int = 0
     right: int = 0
     warm_up: int = 0
-    blocks: ClassVar[bool] = True
-    full: ClassVar[bool] = True
+    blocks: bool = field(default=True, init=False, repr=False)
+    full: bool = field(default=True, init=False, repr=False)
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
@@ -105,8 +106,8 @@ class SubBlock:
     """
 
     size: int = 8
-    blocks: ClassVar[bool] = True
-    full: ClassVar[bool] = False
+    blocks: bool = field(default=True, init=False, repr=False)
+    full: bool = field(default=False, init=False, repr=False)
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
