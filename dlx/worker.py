@@ -171,7 +171,8 @@ class Worker:
     def window(self, slot: int, given: int) -> list[int]:
         """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
         n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
-        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:].tolist()
+        end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
+        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
 
     def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
         kind, config = family(self.card.arch), self.config

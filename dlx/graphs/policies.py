@@ -174,10 +174,16 @@ class Policy:
         out: dict[str, Any] = {}
         for f in (f for f in fields(self) if f.init):
             value = getattr(self, f.name)
-            ruled = f.name in RULES or (f.name == "turn" and value is not None)
-            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if ruled else value
+            ruled = f.name in (*RULES, "turn") and value is not None
+            out[f.name] = {"rule": type(value).__name__, **_own(value)} if ruled else value
         out["canvas"] = None if self.canvas is None else asdict(self.canvas)
         return out
+
+
+def _own(rule: Any) -> dict[str, Any]:
+    """The fields that a rule is made with; rules in it by name too."""
+    mine = {f.name: getattr(rule, f.name) for f in fields(rule) if f.init}
+    return {k: {"rule": type(v).__name__, **_own(v)} if is_dataclass(v) else v for k, v in mine.items()}
 
 
 def _frozen(rule: Any) -> bool:
