@@ -104,6 +104,9 @@ class Scheduler:
             request.tail = 0 if reply.n else request.tail
             if self.policy.canvas is not None:  # a canvas was, or will be, encoded; not the last
                 request.prefills += (reply.n - (reply.why != buffer.RUNNING)) // self.L if reply.n else 0
+            if reply.why == buffer.LENGTH and request.params.fixed:  # what is fixed behind all gaps is not decoded
+                fixed = dict(request.params.fixed)
+                ids = ids + [fixed[i] for i in range(self._open(request), request.params.max_tokens)]
             request.out += ids
             if ids and request.first_s is None:
                 request.first_s = time.monotonic()
@@ -198,7 +201,7 @@ class Scheduler:
                 p.top_p,
             ),
             ints=(
-                len(request.prompt) + p.max_tokens,
+                len(request.prompt) + self._open(request),
                 p.max_nfe or buffer.UNLIMITED,
                 int(p.ignore_eos),
                 p.top_k,
@@ -213,13 +216,20 @@ class Scheduler:
             ids=self._ids(request) if self.policy.turn else (),
         )
 
+    def _open(self, request: Request) -> int:
+        """Tokens of the answer up to the last that is not fixed; 1 at least."""
+        fixed, n = dict(request.params.fixed), request.params.max_tokens
+        while n > 1 and n - 1 in fixed:
+            n -= 1
+        return n
+
     def _ids(self, request: Request) -> list[int]:
         """Prompt and answer, and what is behind it; masks are decided: the last block of block-causal models whole."""
         mask, most = self.card.mask_id, request.params.max_tokens
         fixed = dict(request.params.fixed)
         beyond = int(mask == 0) if self.whole else mask
         ids = request.prompt + [fixed.get(i, mask) for i in range(most)]
-        return ids + [beyond] * (self.shapes.tokens[-1] + self.L - len(ids))
+        return [len(ids), *ids] + [beyond] * (self.shapes.tokens[-1] + self.L - len(ids))
 
     def check(self, request: Request) -> None:
         """Raise RequestError for what can never run, before it is queued."""

@@ -158,6 +158,7 @@ def decode(
     end = P + most
     causal = how.scope == "sub"
     ids = prompt + [(fixed or {}).get(i, MASK) for i in range(most)]
+    limit = P + max([i + 1 for i in range(most) if i not in (fixed or {})], default=1)
     given = {i for i, tok in enumerate(ids) if tok != MASK}
     s = P
     if causal:
@@ -196,7 +197,9 @@ def decode(
         if not causal and only:
             take, gap = found, min((c.gap / 10 for c in found), default=math.inf)
         else:
-            take, gap = accepted(found, how, turn, len(block), draws) if found else ([], math.inf)
+            take, gap = (
+                accepted(found, how, turn, min(block[-1] + 1, limit) - block[0], draws) if found else ([], math.inf)
+            )
         for c in take:
             ids[c.pos] = c.tok
         age, turn = age + 1, turn + 1
@@ -205,12 +208,12 @@ def decode(
 
         # what ends the answer
         leading = P
-        while leading < end and ids[leading] != MASK:
+        while leading < min(limit, block[-1] + 1) and ids[leading] != MASK:
             leading += 1
         stops = [p for p in range(P, leading) if ids[p] == stop and p not in given]
         if stops:
             return Decoded(ids[P : stops[0] + 1], "stop", states, gaps)
-        if leading == end:
+        if leading == limit:
             return Decoded(ids[P:end], "length", states, gaps)
         if age == max_nfe:
             return Decoded(ids[P:leading], "max_nfe", states, gaps)

@@ -63,7 +63,7 @@ class Row(NamedTuple):
     stops: list[int]
     seed: int
     lora: int = 0
-    ids: Sequence[int] = ()  # with a turn: the whole sequence, which `pack` leaves out; masks where it is to be decided
+    ids: Sequence[int] = ()  # with a turn: the sequence's end and itself, which `pack` leaves out (see sequence.py)
 
 
 def allocate(

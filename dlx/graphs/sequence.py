@@ -35,13 +35,14 @@ class Memory(NamedTuple):
     held: Tensor  # [B, T]  bool   given: the prompt, what is fixed of the answer, what is behind the end
     turn: Tensor  # [B]     int32  forwards spent on the block
     want: Tensor  # [B]     int32  scope of the next forward
+    end: Tensor  # [B]     int32  of the sequence; from `limit` on all is given
 
 
 def allocate(B: int, T: int, device: torch.device) -> Memory:
     """Empty sequences."""
     ids = torch.zeros(B, T, dtype=torch.int32, device=device)
     turn = torch.zeros(B, dtype=torch.int32, device=device)
-    return Memory(ids, torch.zeros_like(ids, dtype=torch.bool), turn, torch.zeros_like(turn))
+    return Memory(ids, torch.zeros_like(ids, dtype=torch.bool), turn, torch.zeros_like(turn), torch.zeros_like(turn))
 
 
 def rows(memory: Memory, B: int) -> Memory:
@@ -49,12 +50,14 @@ def rows(memory: Memory, B: int) -> Memory:
     return Memory(*(t[:B] for t in memory))
 
 
-def admit_(memory: Memory, slot: int, ids: Tensor, mask: int) -> None:
-    """Write a sequence [T] int32, already on the device, into `slot`; no host sync."""
+def admit_(memory: Memory, slot: int, packed: Tensor, mask: int) -> None:
+    """Write a sequence's end and itself [1 + T] int32, already on the device, into `slot`; no host sync."""
+    end, ids = packed.split((1, packed.shape[0] - 1))
     memory.ids[slot].copy_(ids)
     memory.held[slot].copy_(ids != mask)
     memory.turn[slot].fill_(0)
     memory.want[slot].fill_(0)
+    memory.end[slot].copy_(end[0])
 
 
 def busy(memory: Memory, buf: BlockBuffer, scope: int) -> Tensor:
@@ -114,7 +117,7 @@ def denoise(
     block = buf.start[:, None] + torch.arange(width, dtype=torch.int32, device=device)
     before, given = (x.gather(1, block.clamp_max(x.shape[1] - 1).long()) for x in (memory.ids, memory.held))
     low = lowest(what, buf.start, policy.L, (before == ids.mask) & ~given)
-    end = limit if full else buf.start + policy.L
+    end = memory.end if full else buf.start + policy.L
     if full or what.kind == SUB:  # all see up to the end
         pos, seen = OPS["positions"](low, torch.zeros_like(low), 1, C, torch.where(on, end, 0))
     else:
@@ -141,7 +144,7 @@ def denoise(
     if first_only:
         todo = todo & (torch.arange(width, device=device) == 0)
     one = torch.ones_like(temp)[:, None]
-    span = torch.minimum(torch.full_like(limit, width), end - buf.start)
+    span = torch.minimum(torch.full_like(limit, width), limit - buf.start)
     draw = uniform(buf.seed, where, buf.age)
     mem = {name: kept[:, :1] for name, kept in buf.mem.items()}
     mine = (one, accept, force_at, ids.mask, None, edit, remask, temp, buf.age, mem, memory.turn, span, draw[:, None])
@@ -181,7 +184,7 @@ def denoise(
     want = torch.where(on, policy.turn(After(ahead, whole, age, ids.mask)), memory.want)
     turn = torch.where(whole, 0, memory.turn + on.int())
     why = torch.where(why == RUNNING, torch.where(buf.done, 0, -want), why)
-    return new, Memory(after, memory.held, turn, want), Outbox(told, n, age, why)
+    return new, Memory(after, memory.held, turn, want, memory.end), Outbox(told, n, age, why)
 
 
 def lowest(what: Scope, s: Tensor, L: int, todo: Tensor) -> Tensor:

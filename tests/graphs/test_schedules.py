@@ -45,7 +45,18 @@ def scene(seed: int) -> tuple[Candidates, Seen]:
     c = Candidates(tok, rand(B, 1, L), rank=rand(B, 1, L) - 0.5 if seed % 3 else None)
     turn, span = (torch.randint(0, high, (B,), generator=rng).int() for high in (7, 9))
     one = torch.ones(B, 1)
-    w = Seen(tok, live & (tok == MASK), live, one, rand(B), one[:, 0], MASK, turn=turn, span=span, draw=rand(B, 1, L).clamp_max(0.99))
+    w = Seen(
+        tok,
+        live & (tok == MASK),
+        live,
+        one,
+        rand(B),
+        one[:, 0],
+        MASK,
+        turn=turn,
+        span=span,
+        draw=rand(B, 1, L).clamp_max(0.99),
+    )
     return c, w
 
 

@@ -203,7 +203,7 @@ def test_a_window_is_shown_as_it_is(made: tuple[str, Any, Path]) -> None:
     with opened(made[2], "fast_dllm_v1") as llm:
         windows = [c.window for c in llm.stream([5, 6, 7], SamplingParams(12, threshold=0.99), watch=True)]
     assert windows[0].count(MASK) == 7
-    assert all(len(window) in (0, 8) for window in windows)
+    assert all(len(window) in (0, 4, 8) for window in windows)
 
 
 def test_the_family_takes_its_policy_and_a_wrong_one_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Seen(NamedTuple):
     age: Tensor | None = None  # [B]        int32  forwards of the row before this one
     mem: Memory = {}  # noqa: RUF012  # [B, N, …] each  what rules keep, zeros before a block's first forward
     turn: Tensor | None = None  # [B]        int32  forwards spent on the block; with a turn, as what follows
-    span: Tensor | None = None  # [B]        int32  positions of the block, given ones among them
+    span: Tensor | None = None  # [B]        int32  positions of the block, or of the answer without its fixed end
     draw: Tensor | None = None  # [B, N, L]  f32    uniform random numbers below 1
 
     def ready(self) -> Tensor:
