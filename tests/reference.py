@@ -168,11 +168,12 @@ def decode(network: Network, prompt: list[int], strategy: Strategy, ask: Ask) ->
         forwards.append(forward)
         base, opened = base + lead, opened - lead
         end = (base + leading(ids, base, L, mask)) * L
+        settled = ids.index(mask, base * L) if mask in ids[base * L :] else len(ids)  # nothing before it changes
+        if settled >= limit or stops.intersection(ids[len(prompt) + len(out) : settled]):
+            end = settled
         finish = deliver(ids, len(prompt), end, limit, stops, out)
         if finish is None and len(forwards) == ask.max_nfe:
-            while end < len(ids) and ids[end] != mask:
-                end += 1
-            finish = deliver(ids, len(prompt), end, limit, stops, out) or "max_nfe"
+            finish = deliver(ids, len(prompt), settled, limit, stops, out) or "max_nfe"
         if finish is not None:
             ages = [age[len(prompt) + i] for i in range(len(out))]
             return Decoded(out, finish, len(forwards), forwards, ages)

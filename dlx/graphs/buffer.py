@@ -7,7 +7,7 @@ status is three facts: how many leading places are `open`, which of them are `wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 NUMBERS = ("accept", "open_at", "force_at", "temp", "edit", "remask", "stability", "top_p")
-COUNTS = ("limit", "max_nfe", "ignore_eos", "top_k")
-RUNNING, STOP, LENGTH, MAX_NFE, BAD = range(5)  # Outbox.why
+COUNTS = ("limit", "max_nfe", "ignore_eos", "top_k", "given", "max_repetition_run", "run", "tail")
+UNLIMITED = 2**31 - 1  # of a count that ends nothing
+RUNNING, STOP, LENGTH, MAX_NFE, BAD, REPETITION = range(6)  # Outbox.why
 
 
 class BlockBuffer(NamedTuple):
@@ -29,7 +30,7 @@ class BlockBuffer(NamedTuple):
     start: Tensor  # [B]               int32  absolute position of tok[b, 0, 0]
     pages: Tensor  # [B, W]            int32  page table
     num: Tensor  # [B, len(NUMBERS)] f32    per-request numbers
-    ints: Tensor  # [B, len(COUNTS)]  int32  limit: absolute position that the answer may not reach; max_nfe; ignore_eos
+    ints: Tensor  # [B, len(COUNTS)]  int32  limit: position that the answer may not reach; given: the prompt's tokens
     stops: Tensor  # [B, STOP_IDS]     int32  ids that end the answer; -1 is none
     seed: Tensor  # [B]               int64  key of the draws
     age: Tensor  # [B]               int32  denoise forwards so far
@@ -45,7 +46,7 @@ class Outbox(NamedTuple):
     tok: Tensor  # [B, N·L] int32  the window's first N places after the step
     n: Tensor  # [B]      int32  how many leading ones of `tok` this step committed (held ones counted)
     nfe: Tensor  # [B]      int32  denoise forwards so far
-    why: Tensor  # [B]      int32  RUNNING, or why the row ended in this step
+    why: Tensor  # [B]      int32  why the row ended in this step; else RUNNING, or −the scope that it wants next
 
     def pack(self) -> Tensor:
         return torch.cat((self.tok, torch.stack((self.n, self.nfe, self.why), 1)), 1)
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     stops: list[int]
     seed: int
     lora: int = 0
+    ids: Sequence[int] = ()  # with a turn: the sequence's end and itself, which `pack` leaves out (see sequence.py)
 
 
 def allocate(

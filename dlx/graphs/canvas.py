@@ -25,7 +25,8 @@ from torch import Tensor
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Seen
-from dlx.graphs.step import Ids, Network, committed, silent
+from dlx.graphs.step import Ids, Network, silent
+from dlx.graphs.stops import committed
 from dlx.ops import OPS
 from dlx.ops.attention import View
 from dlx.ops.candidates.reference import philox
@@ -91,10 +92,7 @@ def denoise(
     """The rows and their memories after one forward, and what it committed; only `kv` is written."""
     B, _, L = buf.tok.shape
     assert policy.canvas is not None
-    limit, accept, force_at, warm = (
-        buf.ints[:, COUNTS.index("limit")],
-        *(buf.num[:, NUMBERS.index(name)] for name in ("accept", "force_at", "temp")),
-    )
+    accept, force_at, warm = (buf.num[:, NUMBERS.index(name)] for name in ("accept", "force_at", "temp"))
 
     # look: who encodes and who decodes, and what each position sees
     at("look")
@@ -152,7 +150,7 @@ def denoise(
     kept = Memory(
         *(torch.where(buf.done.view(-1, *[1] * (v.dim() - 1)), u, v) for u, v in zip(memory, kept, strict=True))
     )
-    n, why = committed(new, spent & decode, limit, bad, ids.mask)
+    new, n, why = committed(policy, new, spent & decode, bad, ids.mask)
     n, why = (torch.where(buf.done, 0, v).int() for v in (n, why))
     new = new._replace(done=buf.done | (why != RUNNING))
     return new, kept, Outbox(new.tok[:, 0], n, new_age, why)

@@ -8,11 +8,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dlx.graphs.buffer import BAD, COUNTS, LENGTH, MAX_NFE, NUMBERS, RUNNING, STOP, BlockBuffer, Outbox
+from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.packing import fitting, layout, seats
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Memory, Seen
 from dlx.graphs.rules.settle import SAME
+from dlx.graphs.stops import budgeted, committed, leading
 from dlx.ops import OPS
 from dlx.ops.attention import View
 
@@ -135,18 +136,12 @@ def denoise(
     if ids.shift:
         new = new._replace(last=last_of(h, lead, buf.last))
     age = buf.age + (~buf.done & (taken == shown)).int()
-    new = new._replace(age=age)
-    spent = age >= buf.ints[:, COUNTS.index("max_nfe")]
-    n, why = committed(new, spent, limit, bad, ids.mask)
+    new = budgeted(policy, new._replace(age=age), ids.mask)
+    spent = age >= new.ints[:, COUNTS.index("max_nfe")]
+    new, n, why = committed(policy, new, spent, bad, ids.mask)
     n, why = (torch.where(buf.done, 0, x).int() for x in (n, why))
     new = new._replace(done=buf.done | (why != RUNNING))
     return new, Outbox(new.tok[:, :-1].flatten(1), n, age, why)
-
-
-def leading(whole: Tensor) -> Tensor:
-    """[B, N+1] bool → [B] int32: how many leading places are whole."""
-    seat = torch.arange(whole.shape[1], device=whole.device, dtype=torch.int32)
-    return torch.where(whole, whole.shape[1], seat).amin(1).int()
 
 
 class Cut:
@@ -234,27 +229,3 @@ def slide(
         start=buf.start + n * L,
         mem={name: moved(kept) for name, kept in mem.items()},
     )
-
-
-def committed(new: BlockBuffer, spent: Tensor, limit: Tensor, bad: Tensor, mask: int) -> tuple[Tensor, Tensor]:
-    """(n, why) of each row: leading positions of the slid window that are final now, and why the row ends if it does.
-
-    The blocks that just became whole, in order; when the forwards are spent, also the decided tokens before the first
-    mask. Cut after the first stop id and at the limit.
-    """
-    B, _, L = new.tok.shape
-    tok, held = new.tok[:, :-1].flatten(1), new.held[:, :-1].flatten(1)
-    at = torch.arange(tok.shape[1], device=tok.device, dtype=torch.int32)
-    beyond = tok.shape[1]
-    n = leading(new.whole) * L
-    n = torch.where(spent, torch.where(tok == mask, at, beyond).amin(1), n)
-    n = torch.minimum(n, limit - new.start)
-    ends = (tok[..., None] == new.stops[:, None]).any(-1) & ~held & (at < n[:, None])
-    ends = ends & (new.ints[:, COUNTS.index("ignore_eos")] == 0)[:, None]
-    stop = torch.where(ends, at, beyond).amin(1)
-    stopped = stop < beyond
-    full = new.start + n >= limit
-    why = torch.where(spent, MAX_NFE, RUNNING)
-    why = torch.where(full, LENGTH, why)
-    why = torch.where(stopped, STOP, why)
-    return torch.where(bad, 0, torch.where(stopped, stop + 1, n)), torch.where(bad, BAD, why)

@@ -46,7 +46,9 @@ class Table(nn.Module):
 def begin(policy: Policy, rows: list[dict[str, object]]) -> tuple[BlockBuffer, tuple[Tensor, ...], Tensor]:
     """A buffer with these rows, K/V pages of NaN, and an outbox."""
     B, N = len(rows), policy.N
-    buf = buffer.allocate(B, N, L, W, 8, torch.device("cpu"))
+    buf = buffer.allocate(B, N, L, W, 8, torch.device("cpu"), mem=replace(policy, L=L).memory())
+    usual = {"accept": 0.9, "open_at": 0.1, "force_at": 0.9, "temp": 0.0, "top_p": 1.0}
+    usual |= {name: getattr(policy, name) for name in buffer.NUMBERS if name not in usual}
     for slot, r in enumerate(rows):
         prompt = [1] * int(r.get("prompt", 0))  # type: ignore[call-overload]
         start = len(prompt) // L * L
@@ -54,17 +56,16 @@ def begin(policy: Policy, rows: list[dict[str, object]]) -> tuple[BlockBuffer, t
             tok=prompt[start:],
             start=start,
             pages=[slot * W + i for i in range(W)],
-            num=(
-                float(r.get("accept", 0.9)),
-                float(r.get("open_at", 0.1)),
-                float(r.get("force_at", 0.9)),
-                *[0.0] * (len(buffer.NUMBERS) - 3),
-            ),  # type: ignore[arg-type]
+            num=tuple(float(r.get(name, usual[name])) for name in buffer.NUMBERS),  # type: ignore[arg-type]
             ints=(
                 len(prompt) + int(r.get("max_tokens", 12)),
                 int(r.get("max_nfe", 1000)),
                 int(r.get("ignore_eos", 0)),
-                *[0] * (len(buffer.COUNTS) - 3),
+                0,
+                len(prompt),
+                int(r.get("max_repetition_run", buffer.UNLIMITED)),
+                0,
+                -1,
             ),  # type: ignore[call-overload]
             stops=[STOP],
             seed=slot,
@@ -210,7 +211,8 @@ def test_leading_counts_whole_places_up_to_the_first_that_is_not() -> None:
 def test_a_row_packs_and_unpacks_to_the_same() -> None:
     buf = buffer.allocate(2, 2, L, W, 8, torch.device("cpu"))
     num = (0.25, 0.5, 0.75, 1.5, 0.875, 0.125, 0.375, 1.0)
-    row = Row([7, 8], 20, [3, 1, 4], num, (40, 17, 1, 3), [5, 6], 2**61 + 12345)
+    ints = (40, 17, 1, 3, 6, 9, 0, -1)
+    row = Row([7, 8], 20, [3, 1, 4], num, ints, [5, 6], 2**61 + 12345)
     buffer.admit_(buf, 1, buffer.pack(row, L, W, 8), MASK)
     assert buf.tok[1].tolist() == [[7, 8, MASK, MASK], [MASK] * 4, [MASK] * 4]
     assert buf.held[1].sum().item() == 2
@@ -218,6 +220,6 @@ def test_a_row_packs_and_unpacks_to_the_same() -> None:
     assert (buf.start[1].item(), buf.open[1].item(), buf.seed[1].item()) == (20, 1, 2**61 + 12345)
     assert buf.pages[1].tolist() == [3, 1, 4, 0, 0, 0, 0, 0]
     assert buf.num[1].tolist() == list(num)
-    assert buf.ints[1].tolist() == [40, 17, 1, 3]
+    assert buf.ints[1].tolist() == list(ints)
     assert buf.stops[1].tolist() == [5, 6, -1, -1, -1, -1, -1, -1]
     assert buf.done.tolist() == [True, False]

@@ -20,6 +20,7 @@ GOOD: dict[str, list[Any]] = {
     "open_at": [None, 0.0, 0.1, 1.0],
     "force_at": [None, 0.0, 0.9, 1.0],
     "max_nfe": [None, 1, 2**31 - 1],
+    "max_repetition_run": [None, 2, 2**31 - 1],
     "ignore_eos": [True, False],
     "stop_token_ids": [(), (0,), (5, 6), [7], (2**31 - 1,)],
 }
@@ -31,6 +32,7 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     "open_at": ("a number from 0 to 1", [-0.001, 1.001, NAN, -INF, "1", False]),
     "force_at": ("a number from 0 to 1", [-0.001, 1.001, NAN, INF, "1", True]),
     "max_nfe": ("an integer from 1 to 2147483647", [0, -5, 2**31, 2.0, INF, "1", True]),
+    "max_repetition_run": ("an integer from 2 to 2147483647", [0, 1, -5, 2**31, 2.0, INF, "2", True]),
     "ignore_eos": ("pass True or False", [0, 1, None, "no", 0.0]),
 }
 CASES = [(name, value, allowed) for name, (allowed, values) in BAD.items() for value in values]
@@ -90,7 +92,7 @@ def test_parameters_are_values_that_do_not_change() -> None:
 
 
 def test_a_finish_is_its_word() -> None:
-    assert list(Finish) == ["stop", "length", "max_nfe", "error", "abort"]
+    assert list(Finish) == ["stop", "length", "max_nfe", "repetition", "error", "abort"]
 
 
 @pytest.mark.parametrize(("tokens", "nfe", "expected"), [(12, 4, 3.0), (1, 2, 0.5), (0, 0, 0.0)])
