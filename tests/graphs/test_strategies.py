@@ -19,6 +19,7 @@ from tests.reference import Qwen3
 from tests.strategies import STRATEGIES, Trail, decode, trimmed
 
 NAMES = list(STRATEGIES)
+EDITING = ("edit", "dmax", "token_merge")  # what is decided may change until its block is
 # on a random model re-prediction wanders until its cap, and rounding with it: blocks that end soon begin anew from ids
 SHORT = {name: replace(POLICIES[name], settle=Calm(limit=2, sure=0.9)) for name in ("dmax", "token_merge")}
 MIXED = Policy(
@@ -64,10 +65,10 @@ def hold(folder: Path, name: str, many: list[list[int]], most: int) -> None:
     with opened(folder, SHORT.get(name, name), rows=1) as llm:
         for i, prompt in enumerate(many):
             bar = torch.tensor(bars[i % 3]).item()
-            want = decode(net, rule, prompt, most, bar, STOP)
+            want = decode(net, rule, prompt, most, bar, STOP, stays=name not in EDITING)
             got = trail(llm, prompt, SamplingParams(max_tokens=most, threshold=bar), net.mask_id)
             if differ(got, want):
-                near = decode(net, rule, prompt, most, bar, STOP, jitter=1e-5)
+                near = decode(net, rule, prompt, most, bar, STOP, 1e-5, name not in EDITING)
                 assert differ(near, want), (name, prompt, bar, got, want)
                 excused += 1
             edited += any(a[j] not in (net.mask_id, b[j]) for a, b in zip(want.steps, want.steps[1:])
@@ -123,9 +124,9 @@ def test_a_compiled_strategy_decodes_as_the_eager_one(random8: Path, name: str) 
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("stability", [0.0, 1.0])
+@pytest.mark.parametrize("stability", [0.0, 0.6])
 def test_the_next_block_opens_once_the_last_is_as_stable_as_asked(random8: Path, stability: float) -> None:
-    params = SamplingParams(max_tokens=40, threshold=1.0, stability=stability, edit=0.1, max_nfe=24)
+    params = SamplingParams(max_tokens=40, threshold=1.0, stability=stability, edit=0.1)
     opened_at, before = list[float](), (0, 0.0)
     with opened(random8, replace(POLICIES["edit"], N=4, open_at=0.6), rows=1) as llm:
         buf = llm.engine.worker.buf
@@ -134,7 +135,8 @@ def test_the_next_block_opens_once_the_last_is_as_stable_as_asked(random8: Path,
             end = int(buf.start[0]) + 8 * last
             opened_at += [before[1]] * (end > before[0] > 0)
             before = (end, float(buf.mem["same"][0, last - 1]))
-    assert (min(opened_at) < 1.0) == (stability < 1.0)
+    assert min(opened_at) >= stability
+    assert (min(opened_at) < 0.6) == (stability < 0.6)
 
 
 def test_filters_keep_draws_among_the_likeliest(random8: Path) -> None:
