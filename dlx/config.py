@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.capture import MODES, Mode
 from dlx.graphs.policies import POLICIES, Policy, named
+from dlx.graphs.rules import SubBlock, Within
 from dlx.models.card import Card
 from dlx.weights.hub import fetched
 
@@ -158,7 +159,8 @@ def bind(policy: Policy | None, card: Card, block_length: int | None) -> Policy:
     Raises PolicyError for what the model was not trained for
     """
     policy = policy or POLICIES[card.policy]
-    full = card.full if policy.full is None else policy.full
+    own = policy.full if policy.turn is None else policy.turn.full
+    full = card.full if own is None else own
     if full is not card.full:
         trained = "all-to-all" if card.full else "block-causal"
         raise PolicyError(
@@ -172,6 +174,11 @@ def bind(policy: Policy | None, card: Card, block_length: int | None) -> Policy:
             f"blocks of {L} tokens do not suit this {card.family} checkpoint, which was trained with {trained}; "
             f"use block_length={card.blocks[0]}"
         )
+    for rule in (policy.select, policy.turn):
+        if isinstance(rule, Within | SubBlock) and L % rule.size:
+            raise PolicyError(
+                f"{rule} does not divide the {L} tokens of this {card.family} checkpoint's blocks; use a size that does"
+            )
     if (policy.canvas is None) == (card.gemma is not None):
         use = "policy='diffusion_gemma'" if card.gemma else "one without a canvas, as policy='single_bd'"
         raise PolicyError(f"canvas={policy.canvas} does not suit this {card.family} checkpoint; use {use}")

@@ -26,7 +26,8 @@ class Engine:
         w = self.worker
         self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters))
         self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
-        self.lag = 1 if w.device.type == "cuda" else 0  # launches that may be unread when the next is sent
+        told = w.policy.turn is not None and len(w.policy.turn.scopes) > 1  # the device tells which scope comes next
+        self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
         self._ids = itertools.count()
         self._text: dict[int, tuple[TextStream, list[str]]] = {}
 

@@ -43,6 +43,8 @@ class SamplingParams:
     max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard
     ignore_eos      bool    go on past stop ids
     stop_token_ids  ids that end the answer, besides the model's own
+    fixed           (offset in the answer, id) of tokens that are known beforehand and stay: a gap is what is between
+                    the prompt and them. For policies that compute whole sequences: fast_dllm_v1, low_confidence, …
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
     Raises RequestError  from `check`, if a value is outside its range
     """
@@ -63,6 +65,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
+    fixed: tuple[tuple[int, int], ...] = ()
 
     def check(self) -> None:
         """Raise RequestError for the first value that is outside its range."""
@@ -90,6 +93,11 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r} is not allowed; pass a tuple of ids")
         for stop in self.stop_token_ids:
             _integer("stop_token_ids", stop, 0, 2**31 - 1)
+        if not isinstance(self.fixed, tuple) or any(not isinstance(p, tuple) or len(p) != 2 for p in self.fixed):
+            raise RequestError(f"fixed={self.fixed!r} is not allowed; pass a tuple of pairs (offset in the answer, id)")
+        for at, tok in self.fixed:
+            _integer("an offset of fixed", at, 0, self.max_tokens - 1)
+            _integer("an id of fixed", tok, 0, 2**31 - 1)
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise RequestError(f"adapter={self.adapter!r} is not a name; pass one of the engine's adapters, or None")
 
@@ -119,6 +127,7 @@ class Request:
     tail: int = 0  # prompt tokens at the head of the first block that have yet to be skipped
     prefills: int = 0  # prefill forwards
     nfe: int = 0  # denoise forwards
+    want: int = 0  # scope of its next forward, where its policy has several
     admitted_s: float | None = None
     first_s: float | None = None  # when the first block was committed
     finish: Finish | None = None

@@ -13,6 +13,7 @@ from dlx.graphs import buffer
 from dlx.graphs.buffer import Row
 from dlx.graphs.policies import Policy
 from dlx.graphs.prefill import Stretch
+from dlx.graphs.rules.turn import REST
 from dlx.graphs.shapes import Shapes, bucket
 from dlx.models.card import Card
 from dlx.pages import PagePool
@@ -34,6 +35,8 @@ class Plan(NamedTuple):
     admit: dict[int, Row]
     bucket: int
     running: dict[int, Request]  # by slot, as they are in this launch
+    scope: int = 0  # of the policy's turn
+    reach: int = 0  # positions of a row that the scope has at most
 
 
 class Reply(NamedTuple):
@@ -55,7 +58,8 @@ class Scheduler:
         self.policy, self.card, self.shapes, self.pool, self.max_len = policy, card, shapes, pool, max_len
         assert policy.L is not None, "bind() gives a policy its block length"
         self.L = policy.L
-        self.step = 1 if policy.canvas is not None else policy.L  # what is decoded begins at a multiple of it
+        self.whole = policy.turn is not None and policy.turn.full  # prompts are part of what is decoded
+        self.step = 1 if policy.canvas is not None or self.whole else policy.L  # what is decoded begins at a multiple
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         self._slots = list(range(shapes.rows[-1] - 1, -1, -1))
@@ -85,7 +89,8 @@ class Scheduler:
             admit[request.slot] = self._row(request)
         if not self.running:
             return None
-        return Plan(prefill, admit, bucket(self.shapes.rows, max(self.running) + 1), dict(self.running))
+        rows = bucket(self.shapes.rows, max(self.running) + 1)
+        return Plan(prefill, admit, rows, dict(self.running), *self._scope())
 
     def take(self, running: dict[int, Request], replies: list[Reply]) -> list[tuple[Request, list[int]]]:
         """Book what a launch brought back: (request, newly committed ids) where something changed."""
@@ -102,7 +107,8 @@ class Scheduler:
             request.out += ids
             if ids and request.first_s is None:
                 request.first_s = time.monotonic()
-            if reply.why != buffer.RUNNING:
+            request.want = max(0, -reply.why)
+            if reply.why > buffer.RUNNING:
                 request.finish = FINISH[reply.why]
                 self._release(request)
             if ids or request.finish is not None:
@@ -114,7 +120,7 @@ class Scheduler:
         for slot in reversed(plan.admit):
             request = self.running[slot]
             self._release(request)
-            request.tail, request.prefills, request.admitted_s = 0, 0, None
+            request.tail, request.prefills, request.want, request.admitted_s = 0, 0, 0, None
             self.waiting.appendleft(request)
 
     def abort(self, id: int) -> int | None:
@@ -130,6 +136,16 @@ class Scheduler:
             self._release(request)
             return slot
         return None
+
+    def _scope(self) -> tuple[int, int]:
+        """The scope that most rows want, the first of them, and how many positions it has in the longest of those."""
+        if self.policy.turn is None:
+            return 0, 0
+        wants = [r.want for r in self.running.values()]
+        scope = max(sorted(set(wants)), key=wants.count)
+        rest = self.policy.turn.scopes[scope].kind == REST
+        some = [r for r in self.running.values() if r.want == scope]
+        return scope, max((0 if rest else len(r.prompt)) + r.params.max_tokens - rest * len(r.out) for r in some)
 
     def _release(self, request: Request) -> None:
         assert request.slot is not None
@@ -151,11 +167,14 @@ class Scheduler:
     def _start(self, request: Request) -> int:
         """Where the window begins: with the first incomplete block. Where the first token of a block is read off the
         position before, not right behind the prompt: then the prompt's last block is looked at once more."""
-        return (len(request.prompt) - int(self.card.shift)) // self.step * self.step
+        again = self.card.shift and self.policy.turn is None
+        return (len(request.prompt) - int(again)) // self.step * self.step
 
     def _chunks(self, request: Request) -> list[Stretch]:
         prompt, end, most = request.prompt, self._start(request), self.shapes.tokens[-1]
         lora = self._lora(request)
+        if self.whole:
+            return []
         if self.policy.full:  # in one piece; what is in the window is computed there too, so without more there is none
             return [Stretch(prompt, 0, request.pages, len(prompt), lora)] if end else []
         return [Stretch(prompt[at : min(at + most, end)], at, request.pages, lora=lora) for at in range(0, end, most)]
@@ -165,7 +184,7 @@ class Scheduler:
         request.tail = len(request.prompt) % self.step
         stops = list(dict.fromkeys((*self.card.stop_ids, *p.stop_token_ids)))
         return Row(
-            tok=request.prompt[start:],
+            tok=[] if self.policy.turn else request.prompt[start:],
             start=start,
             pages=request.pages,
             num=(
@@ -191,7 +210,16 @@ class Scheduler:
             stops=stops,
             seed=random.getrandbits(62) if p.seed is None else p.seed,
             lora=self._lora(request),
+            ids=self._ids(request) if self.policy.turn else (),
         )
+
+    def _ids(self, request: Request) -> list[int]:
+        """Prompt and answer, and what is behind it; masks are decided: the last block of block-causal models whole."""
+        mask, most = self.card.mask_id, request.params.max_tokens
+        fixed = dict(request.params.fixed)
+        beyond = int(mask == 0) if self.whole else mask
+        ids = request.prompt + [fixed.get(i, mask) for i in range(most)]
+        return ids + [beyond] * (self.shapes.tokens[-1] + self.L - len(ids))
 
     def check(self, request: Request) -> None:
         """Raise RequestError for what can never run, before it is queued."""
@@ -223,6 +251,16 @@ class Scheduler:
             if tok >= card.vocab or tok == card.mask_id:
                 raise RequestError(
                     f"stop_token_ids has {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id"
+                )
+        if params.fixed and not self.whole:
+            raise RequestError(
+                "fixed tokens of the answer need a policy that computes whole sequences, and this one decodes from "
+                "left to right; use policy='fast_dllm_v1' or 'low_confidence' with a model trained all-to-all"
+            )
+        for _, tok in params.fixed:
+            if tok >= card.vocab or tok == card.mask_id:
+                raise RequestError(
+                    f"fixed has the id {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id"
                 )
         stops = {*card.stop_ids, *params.stop_token_ids}
         if len(stops) > STOP_IDS:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from dlx import weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import CapacityError, ModelError
-from dlx.graphs import buffer, canvas, loop, own, prefill, shapes
+from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
 from dlx.models import family
@@ -68,7 +69,9 @@ class Worker:
         self.max_len = sizes.max_len
         chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward
         is_canvas = self.policy.canvas is not None
-        self.step = 1 if is_canvas else self.L  # prompts are prefilled in blocks of it: 1 is causal
+        turn = self.policy.turn
+        whole = turn is not None and turn.full
+        self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk)
         self.net = self._network(raw)
@@ -76,11 +79,15 @@ class Worker:
         self.kv = tuple(self._pages(G, D) for G, D in self.card.kv)  # own storage each: Inductor copies views
         B, W = config.max_num_seqs, self.shapes.W
         E = self.card.hidden if self.card.shift else 0
+        self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
+        E = 0 if turn is not None else E
         self.buf = buffer.allocate(
-            B, self.policy.N, self.L, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
+            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
         )
+        self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
-        self.sent = loop.allocate(B, self.policy.N * self.L, config.forwards, self.device)
+        room = None if self.width == self.L else self.width
+        self.sent = loop.allocate(B, self.policy.N * self.width, config.forwards, self.device, room)
         self.epoch = 0  # launches sent
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
@@ -104,10 +111,13 @@ class Worker:
                 with span("prefill"):
                     self.graphs.replay(key)
             for slot, row in plan.admit.items():
-                packed = self._sent(buffer.pack(row, self.L, self.shapes.W, STOP_IDS))
+                packed = self._sent(buffer.pack(row, self.width, self.shapes.W, STOP_IDS))
                 buffer.admit_(self.buf, slot, packed, self.card.mask_id)
-            rows = self._ready(plan.bucket)
-            key = self._step_graph(rows)
+                if row.ids:
+                    ids = self._sent(torch.tensor(row.ids, dtype=torch.int32))
+                    sequence.admit_(self.sequences, slot, ids, self.card.mask_id)
+            rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
+            key = self._step_graph(rows, plan.scope, C)
             self.epoch += 1
             if self.looped:
                 self.sent.left.fill_(self.sent.most)
@@ -120,10 +130,10 @@ class Worker:
     def prepare(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Make the graphs of these buckets, the largest first, and run each once, while no row decodes."""
         with self._there:
-            for T in sorted(tokens, reverse=True):
+            for T in sorted(tokens, reverse=True) if self.policy.turn is None or not self.policy.turn.full else ():
                 self.graphs.replay(self._prefill_graph(T))
-            for B in sorted(rows, reverse=True):
-                key = self._step_graph(B)
+            for B, (scope, C) in product(sorted(rows, reverse=True), self._scopes(tokens)):
+                key = self._step_graph(B, scope, C)
                 self.graphs.replay(key)
                 if self.config.graphs == "compile":
                     self.graphs.turn(key)  # of a loop, which has none to run while every row is inert
@@ -161,7 +171,8 @@ class Worker:
     def window(self, slot: int, given: int) -> list[int]:
         """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
         n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
-        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:].tolist()
+        end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
+        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
 
     def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
         kind, config = family(self.card.arch), self.config
@@ -213,10 +224,24 @@ class Worker:
         landed.record()
         return Flight(plan, host, landed)
 
-    def _ready(self, bucket: int) -> int:
-        """The bucket, or a larger one whose graph is made already: rows that are not there cost less than making it."""
-        made = [B for B in self.shapes.rows if bucket <= B and ("step", B) in self.graphs]
-        return bucket if self.config.graphs == "off" or not made else made[0]
+    def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""
+        if self.policy.turn is None:
+            return [(0, 0)]
+        widths = [what.width(self.L) for what in self.policy.turn.scopes]
+        buckets = sorted(tokens or self.shapes.tokens, reverse=True)
+        return [(scope, C) for scope, width in enumerate(widths) for C in ([width] if width else buckets)]
+
+    def _ready(self, bucket: int, scope: int, reach: int) -> tuple[int, int]:
+        """Rows, and positions a row. Rows are the bucket's, or those of a larger one whose graph is made already: rows
+        that are not there cost less than making it."""
+        fixed = 0 if self.policy.turn is None else self.policy.turn.scopes[scope].width(self.L)
+        C = fixed if self.policy.turn is None or fixed else shapes.bucket(self.shapes.tokens, reach)
+        made = [B for B in self.shapes.rows if bucket <= B and self._key(B, scope, C) in self.graphs]
+        return bucket if self.config.graphs == "off" or not made else made[0], C
+
+    def _key(self, B: int, scope: int, C: int) -> tuple[str | int, ...]:
+        return ("step", B) if self.policy.turn is None else ("step", B, scope, C)
 
     def _prefill_graph(self, T: int) -> tuple[str, int]:
         key = ("prefill", T)
@@ -224,9 +249,9 @@ class Worker:
             self.graphs.add(key, partial(prefill.prefill_, self.step, self.net, self.prompts[T], self.kv))
         return key
 
-    def _step_graph(self, B: int) -> tuple[str, int]:
+    def _step_graph(self, B: int, scope: int = 0, C: int = 0) -> tuple[str | int, ...]:
         """A graph is made by running it: meanwhile every row is inert, so nothing that decodes is touched."""
-        key = ("step", B)
+        key = self._key(B, scope, C)
         if key not in self.graphs:
             done = self.buf.done.clone()
             self.buf.done.fill_(True)
@@ -235,11 +260,17 @@ class Worker:
             if isinstance(self.net, DiffusionGemma):
                 memory = canvas.rows(self.memory, B)
                 step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, memory, self.kv, sent.step)
+            busy = partial(loop.running, view)
+            if self.policy.turn is not None:
+                memory = sequence.rows(self.sequences, B)
+                busy = partial(sequence.busy, memory, view, scope)
+                facts = self.policy, scope, C, self.ids
+                step = partial(sequence.sequence_, *facts, self.net, view, memory, self.kv, sent.step)
             step = marked(step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
-                    begin = partial(loop.begin_, sent, view)
-                    turn = partial(loop.turn_, step, view, sent)
+                    begin = partial(loop.begin_, sent, view, busy)
+                    turn = partial(loop.turn_, step, busy, sent)
                     self.graphs.add_loop(key, begin, turn, sent, self.config.unroll)
                 else:
                     self.graphs.add(key, step)

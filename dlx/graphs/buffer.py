@@ -7,7 +7,7 @@ status is three facts: how many leading places are `open`, which of them are `wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Outbox(NamedTuple):
     tok: Tensor  # [B, N·L] int32  the window's first N places after the step
     n: Tensor  # [B]      int32  how many leading ones of `tok` this step committed (held ones counted)
     nfe: Tensor  # [B]      int32  denoise forwards so far
-    why: Tensor  # [B]      int32  RUNNING, or why the row ended in this step
+    why: Tensor  # [B]      int32  why the row ended in this step; else RUNNING, or −the scope that it wants next
 
     def pack(self) -> Tensor:
         return torch.cat((self.tok, torch.stack((self.n, self.nfe, self.why), 1)), 1)
@@ -63,6 +63,7 @@ class Row(NamedTuple):
     stops: list[int]
     seed: int
     lora: int = 0
+    ids: Sequence[int] = ()  # with a turn: the whole sequence, which `pack` leaves out; masks where it is to be decided
 
 
 def allocate(

@@ -39,14 +39,22 @@ class Launch(NamedTuple):
     most: int
 
 
-def allocate(B: int, width: int, most: int, device: torch.device) -> Launch:
-    """width  N·L, what one forward may commit"""
+def allocate(B: int, width: int, most: int, device: torch.device, room: int | None = None) -> Launch:
+    """width  N·L, what one forward may commit; room: what a launch may, if it is less than that of each forward"""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32, device=device)
 
     halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return Launch(zeros(B, most * width + 3), zeros(B, width + 3), zeros(1), zeros(1), zeros(1), halt, most)
+    return Launch(
+        zeros(B, (most * width if room is None else room) + 3),
+        zeros(B, width + 3),
+        zeros(1),
+        zeros(1),
+        zeros(1),
+        halt,
+        most,
+    )
 
 
 def rows(launch: Launch, B: int) -> Launch:
@@ -54,18 +62,26 @@ def rows(launch: Launch, B: int) -> Launch:
     return launch._replace(out=launch.out[:B], step=launch.step[:B])
 
 
-def begin_(launch: Launch, buf: BlockBuffer) -> None:
-    """An empty outbox, and whether there is anything to do. The host has written `left` and `epoch`."""
+def running(buf: BlockBuffer) -> Tensor:
+    """[B] bool: who is not done."""
+    return ~buf.done
+
+
+def begin_(launch: Launch, buf: BlockBuffer, busy: Callable[[], Tensor]) -> None:
+    """An empty outbox, and whether there is anything to do. The host has written `left` and `epoch`.
+
+    busy  → [B] bool: whose row another turn is for; reads the device
+    """
     none = torch.zeros_like(buf.age)
     launch.out[:, -3:].copy_(torch.stack((none, buf.age, none), 1))
-    launch.on.copy_((~buf.done).any()[None])
+    launch.on.copy_(busy().any()[None])
 
 
-def turn_(step: Callable[[], None], buf: BlockBuffer, launch: Launch) -> None:
+def turn_(step: Callable[[], None], busy: Callable[[], Tensor], launch: Launch) -> None:
     """One forward of every row, by `step`, which writes `launch.step`; that goes behind what the launch has."""
     step()
     gather_(launch.out, launch.step)
-    launch.on.copy_((~buf.done).any()[None])
+    launch.on.copy_(busy().any()[None])
 
 
 def gather_(out: Tensor, step: Tensor) -> None:
@@ -74,7 +90,7 @@ def gather_(out: Tensor, step: Tensor) -> None:
     at = torch.arange(out.shape[1] - 3, device=out.device, dtype=torch.int32) - n
     new = (at >= 0) & (at < step[:, -3:-2])
     tok = torch.where(new, step[:, :-3].gather(1, at.clamp(0, width - 1).long()), out[:, :-3])
-    why = torch.where(step[:, -1:] == RUNNING, out[:, -1:], step[:, -1:])  # a row that ended before says RUNNING
+    why = torch.where(out[:, -1:] > RUNNING, out[:, -1:], step[:, -1:])  # a row that ended before says RUNNING
     out.copy_(torch.cat((tok, n + step[:, -3:-2], step[:, -2:-1], why), 1))
 
 

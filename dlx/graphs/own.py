@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dlx.errors import PolicyError
-from dlx.graphs import buffer, canvas, step
+from dlx.graphs import buffer, canvas, sequence, step
 from dlx.graphs.policies import RULES, Policy
 from dlx.graphs.step import Ids
 from dlx.ops.attention import View
@@ -84,6 +84,13 @@ def _step(policy: Policy, ids: Ids, device: torch.device, dtype: torch.dtype) ->
     assert policy.L is not None
     ids = ids._replace(vocab=max(ids.vocab, 8))
     net = Blank(ids.vocab, device, dtype)
+    if policy.turn is not None:
+        T = 4 * policy.L
+        buf = buffer.allocate(2, 1, policy.L if policy.turn.blocks else T, 1, 1, device, mem=policy.memory())
+        memory = sequence.allocate(2, T + policy.L, device)
+        for scope, what in enumerate(policy.turn.scopes):
+            sequence.denoise(policy, scope, what.width(policy.L) or T, ids, net, buf, memory, ())
+        return
     last = E if ids.shift else 0
     buf = buffer.allocate(2, policy.N, policy.L, 1, 1, device, last, dtype, policy.memory())
     if policy.canvas is None:

@@ -10,6 +10,7 @@ import torch
 
 from dlx.errors import PolicyError
 from dlx.graphs.rules import (
+    Annealed,
     Asking,
     Asks,
     Calm,
@@ -19,6 +20,7 @@ from dlx.graphs.rules import (
     Embed,
     EntropyBound,
     EntropyFirst,
+    Even,
     Filled,
     Fixed,
     Hard,
@@ -29,6 +31,7 @@ from dlx.graphs.rules import (
     Merge,
     Plain,
     Quota,
+    Refresh,
     Renoise,
     Rewrite,
     Score,
@@ -36,7 +39,11 @@ from dlx.graphs.rules import (
     Settle,
     Smooth,
     Stable,
+    SubBlock,
     Threshold,
+    Turn,
+    Whole,
+    Within,
 )
 
 RULES = ("score", "select", "rewrite", "settle", "embed")
@@ -45,6 +52,7 @@ Confidence = Literal["prob", "margin", "entropy"]
 CONFIDENCES = {"prob": Asks(), "margin": Asks(margin=True), "entropy": Asks(entropy=True)}
 assert set(CONFIDENCES) == set(get_args(Confidence))
 OF_A_CANVAS = (EntropyBound, Renoise, Stable)
+OF_A_TURN = (Annealed, Even)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Policy:
     full      what a query at position q sees, where a prompt has P tokens. True: all P for q < P, and every key below
               (q // L + 1) · L from P on. False: the latter for every q. None takes what the model was trained for
     canvas    a block is a canvas of random tokens, not of masks (see graphs/canvas.py); None: masks
+    turn      which part of a sequence a forward computes (see graphs/sequence.py); None: the window
     confidence  what ranks positions: prob of the candidate, margin over the next id, or entropy (the least first);
               `accept` is held against the probability all the same
     filters   requests may ask for top_k and top_p; such a step is slower
@@ -75,6 +84,7 @@ class Policy:
     settle: Settle = Filled()
     embed: Embed = Hard()
     canvas: Canvas | None = None
+    turn: Turn | None = None
     accept: float = 0.9
     open_at: float = 0.1
     force_at: float = 0.9
@@ -100,6 +110,14 @@ class Policy:
             self.N == 1 and _integer(self.canvas.steps) and self.canvas.steps > 0 < self.canvas.cold <= self.canvas.hot
         ):
             raise PolicyError(f"N={self.N} blocks with {self.canvas} are not allowed; use N=1, a step, 0 < cold <= hot")
+        turn = self.turn
+        if turn is not None and not (
+            isinstance(turn, Turn) and self.N == 1 and self.canvas is None and self.full in (None, turn.full)
+        ):
+            raise PolicyError(
+                f"turn={turn!r} with N={self.N}, full={self.full} and canvas={self.canvas} is not allowed; "
+                "use a rule of rules/turn.py, with N=1, its own visibility and no canvas"
+            )
         for name in NUMBERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
@@ -125,6 +143,8 @@ class Policy:
                 )
             if isinstance(rule, OF_A_CANVAS) and self.canvas is None:
                 raise PolicyError(f"{name}={rule!r} is a rule of canvases; pass canvas=Canvas(), or another rule")
+            if isinstance(rule, OF_A_TURN) and turn is None:
+                raise PolicyError(f"{name}={rule!r} is a rule of whole sequences; pass turn=Whole(), or another rule")
         rules = [getattr(self, name) for name in RULES]
         asked = [rule.asks for rule in rules if isinstance(rule, Asking)]
         keepers = tuple(rule for rule in rules if isinstance(rule, Keeping))
@@ -132,6 +152,10 @@ class Policy:
         derived = {"asks": reduce(Asks.also, asked, CONFIDENCES[self.confidence]), "keepers": keepers, "seen": seen}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        if turn is not None and not turn.blocks and keepers:
+            raise PolicyError(
+                f"{turn} has no blocks to keep a memory of; use Whole(blocks=True), or rules that need none"
+            )
         if self.canvas is not None and (keepers or self.asks != Asks() or self.filters):
             raise PolicyError(f"{self.canvas} keeps no memory and has no filters; use rules that need none")
 
@@ -150,9 +174,16 @@ class Policy:
         out: dict[str, Any] = {}
         for f in (f for f in fields(self) if f.init):
             value = getattr(self, f.name)
-            out[f.name] = {"rule": type(value).__name__, **asdict(value)} if f.name in RULES else value
+            ruled = f.name in (*RULES, "turn") and value is not None
+            out[f.name] = {"rule": type(value).__name__, **_own(value)} if ruled else value
         out["canvas"] = None if self.canvas is None else asdict(self.canvas)
         return out
+
+
+def _own(rule: Any) -> dict[str, Any]:
+    """The fields that a rule is made with; rules in it by name too."""
+    mine = {f.name: getattr(rule, f.name) for f in fields(rule) if f.init}
+    return {k: {"rule": type(v).__name__, **_own(v)} if is_dataclass(v) else v for k, v in mine.items()}
 
 
 def _frozen(rule: Any) -> bool:
@@ -188,6 +219,19 @@ POLICIES: dict[str, Policy] = {
     "low_confidence_dynamic": Policy(select=Quota(by="threshold"), accept=0.85),
     "entropy_bounded": Policy(select=EntropyFirst(), accept=0.35),
     "diffusion_gemma": Policy(select=EntropyBound(), rewrite=Renoise(), settle=Stable(), canvas=Canvas(), accept=0.1),
+    # for networks trained all-to-all: the answer decides against K/V that a forward over all of it stored
+    "fast_dllm_v1": Policy(full=True, turn=Refresh()),
+    "fast_dllm_v1_prefix": Policy(full=True, turn=Refresh(prefix=True)),
+    "vicinity": Policy(full=True, turn=Refresh(left=16, right=16, warm_up=4)),
+    # what LLaDA's own sampler does, and Dream's: all of the sequence in every forward
+    "low_confidence": Policy(full=True, turn=Whole(), select=Even()),
+    "random": Policy(full=True, turn=Whole(), select=Even(random=True)),
+    "origin": Policy(full=True, turn=Whole(blocks=False), select=Annealed(random=True)),
+    "maskgit_plus": Policy(full=True, turn=Whole(blocks=False), select=Annealed()),
+    "topk_margin": Policy(full=True, turn=Whole(blocks=False), select=Annealed(), confidence="margin"),
+    "entropy": Policy(full=True, turn=Whole(blocks=False), select=Annealed(), confidence="entropy"),
+    "fast_dllm_v2": Policy(full=False, select=Within(8)),
+    "fast_dllm_v2_cached": Policy(full=False, select=Within(8), turn=SubBlock(8)),
 }
 
 

@@ -79,7 +79,7 @@ FAMILIES: dict[str, Facts] = {
     ),
     "DreamModel": Facts(
         "dream", 151666, 32, repos="Dream-org/Dream-v0-{Base,Instruct}-7B, apple/DiffuCoder-7B-{Base,Instruct,cpGRPO}",
-        qkv_bias=True, full=True, shift=True, policy="d2f", **QWEN,
+        qkv_bias=True, full=True, shift=True, policy="fast_dllm_v1", **QWEN,
     ),
     "DreamForCausalLM": Facts("dream_reasoner", block=32, repos="Dream-org/DreamReasoner-8B[-Base]", **QWEN3),
     "StableDiffcoderForCausalLM": Facts(
@@ -91,14 +91,14 @@ FAMILIES: dict[str, Facts] = {
     ),
     "LLaDAModelLM": Facts(
         "llada", 126336, 32, (126081, 126348), "GSAI-ML/LLaDA-8B-{Base,Instruct}, GSAI-ML/LLaDA-1.5",
-        full=True, policy="d2f", keys=OLMO,
+        full=True, policy="fast_dllm_v1", keys=OLMO,
         plain=dict.fromkeys(("alibi", "attention_layer_norm", "input_emb_norm", "scale_logits", "include_bias"), OFF)
         | {"layer_norm_type": ((None, "rms"), '"rms"'), "multi_query_attention": OFF}
         | {"block_type": ((None, "llama"), '"llama"')},
     ),
     "LLaDAMoEModelLM": Facts(
         "llada_moe", 156895, 32, (156892,), "inclusionAI/LLaDA-MoE-7B-A1B-{Base,Instruct}",
-        qk_norm=True, full=True, policy="d2f", mixture="raw",
+        qk_norm=True, full=True, policy="fast_dllm_v1", mixture="raw",
         keys={"intermediate_size": "dense_intermediate_size", "moe_intermediate_size": "expert_intermediate_size"},
         plain={
             "clip_qkv": NONE, "moe_router_enable_expert_bias": OFF, "shared_expert_intermediate_size": NONE,

@@ -53,7 +53,7 @@ def test_a_published_config_gives_its_family_and_what_it_leaves_out(
     card = Card.from_hf(published(name) | {"model_type": model_type}, {})
     assert (card.family, card.mask_id, card.stop_ids, card.blocks) == (family, mask_id, stop_ids, blocks)
     full = family in ("dream", "llada", "llada_moe")
-    assert (card.full, card.policy) == (full, "d2f" if full else "single_bd")
+    assert (card.full, card.policy) == (full, "fast_dllm_v1" if full else "single_bd")
     assert card.shift == (family in ("dream", "fast_dllm_v2"))
     assert card.qkv_bias == card.shift
     assert card.qk_norm == (family not in ("dream", "fast_dllm_v2", "stable_diffcoder", "llada"))

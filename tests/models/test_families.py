@@ -85,7 +85,7 @@ def test_the_card_has_the_facts_of_the_family(both: Both) -> None:
     assert (both.card.full, both.card.shift, both.card.policy) == (
         tiny.full,
         tiny.shift,
-        "d2f" if tiny.full else "single_bd",
+        "fast_dllm_v1" if tiny.full else "single_bd",
     )
     assert (both.card.mask_id, both.card.stop_ids, both.card.max_len) == (3, (STOP,), 256)
     assert both.card.blocks == ((32,) if tiny.full else (tiny.L,))

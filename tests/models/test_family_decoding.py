@@ -75,11 +75,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, net, write(tmp_path_factory.mktemp("decoding") / request.param, request.param, net)
 
 
-def test_the_familys_own_policy_decodes_like_the_reference(made: tuple[str, Any, Path]) -> None:
+def test_blocks_from_left_to_right_decode_like_the_reference(made: tuple[str, Any, Path]) -> None:
     name, net, folder = made
     L = FAMILIES[name].L
-    with opened(folder, name, None) as llm:
-        policy = "d2f" if FAMILIES[name].full else "single_bd"
+    policy = "d2f" if FAMILIES[name].full else "single_bd"
+    with opened(folder, name, "d2f" if FAMILIES[name].full else None) as llm:
         assert llm.policy == replace(POLICIES[policy], L=L, full=FAMILIES[name].full)
         assert not hold(llm, net, name, STRATEGIES[policy], [*range(1, 2 * L + 2), 5 * L, 70, 131, 160])
 
@@ -89,8 +89,8 @@ def test_the_familys_own_policy_decodes_like_the_reference(made: tuple[str, Any,
 def test_the_compiled_step_decodes_like_the_reference(name: str, forwards: int, tmp_path: Path) -> None:
     net, L = network(name, seed=1, spread=6.0), FAMILIES[name].L
     with LLM(
-        write(tmp_path, name, net), graphs="compile", device="cpu", dtype="float32", block_length=L, max_num_seqs=2,
-        forwards=forwards,
+        write(tmp_path, name, net), policy="d2f" if FAMILIES[name].full else None, graphs="compile", device="cpu",
+        dtype="float32", block_length=L, max_num_seqs=2, forwards=forwards,
     ) as llm:  # fmt: skip
         assert not hold(
             llm, net, name, STRATEGIES["d2f" if FAMILIES[name].full else "single_bd"], [3, L, 2 * L + 1, 70]
@@ -117,7 +117,7 @@ def test_shift_and_full_prompts_hold_for_one_block_and_several_packed_and_not(
 )
 def test_a_reference_with_one_fact_wrong_decodes_otherwise(name: str, fact: str, tmp_path: Path) -> None:
     net, tiny = network(name, seed=1, spread=6.0), FAMILIES[name]
-    with opened(write(tmp_path, name, net), name, None) as llm:
+    with opened(write(tmp_path, name, net), name, "d2f" if tiny.full else None) as llm:
         strategy = STRATEGIES["d2f" if tiny.full else "single_bd"]
         lengths = [tiny.L + 1, 2 * tiny.L, 40]
         assert hold(llm, net, name, strategy, lengths, **{fact: fact == "shift" and not tiny.shift})
@@ -145,5 +145,5 @@ def test_a_visibility_that_the_model_was_not_trained_for_is_refused(
 def test_a_block_length_is_free_where_the_model_was_trained_all_to_all(tmp_path: Path) -> None:
     folder = write(tmp_path, "llada", network("llada"))
     for L in (1, 7, 32):
-        with LLM(folder, graphs="off", device="cpu", dtype="float32", block_length=L) as llm:
+        with LLM(folder, "d2f", graphs="off", device="cpu", dtype="float32", block_length=L) as llm:
             assert (llm.policy.L, llm.policy.N) == (L, 4)

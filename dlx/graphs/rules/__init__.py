@@ -5,6 +5,7 @@ from __future__ import annotations
 from dlx.graphs.rules.canvas import Canvas
 from dlx.graphs.rules.embed import Hard, Merge, Smooth
 from dlx.graphs.rules.rewrite import Edit, Keep, Remask, Renoise
+from dlx.graphs.rules.schedule import Annealed, Even, Factor, Within
 from dlx.graphs.rules.score import Credit, Plain
 from dlx.graphs.rules.seen import (
     Asking,
@@ -22,8 +23,10 @@ from dlx.graphs.rules.seen import (
 )
 from dlx.graphs.rules.select import EntropyBound, EntropyFirst, Fixed, Hierarchical, Leading, Quota, Threshold
 from dlx.graphs.rules.settle import Calm, Filled, Stable
+from dlx.graphs.rules.turn import Refresh, SubBlock, Turn, Whole
 
 __all__ = [
+    "Annealed",
     "Asking",
     "Asks",
     "Calm",
@@ -34,6 +37,8 @@ __all__ = [
     "Embed",
     "EntropyBound",
     "EntropyFirst",
+    "Even",
+    "Factor",
     "Filled",
     "Fixed",
     "Hard",
@@ -45,6 +50,7 @@ __all__ = [
     "Merge",
     "Plain",
     "Quota",
+    "Refresh",
     "Remask",
     "Renoise",
     "Rewrite",
@@ -54,6 +60,10 @@ __all__ = [
     "Settle",
     "Smooth",
     "Stable",
+    "SubBlock",
     "Threshold",
+    "Turn",
+    "Whole",
+    "Within",
     "rank",
 ]

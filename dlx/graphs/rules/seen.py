@@ -44,6 +44,9 @@ class Seen(NamedTuple):
     temp: Tensor | None = None  # [B]        f32
     age: Tensor | None = None  # [B]        int32  forwards of the row before this one
     mem: Memory = {}  # noqa: RUF012  # [B, N, …] each  what rules keep, zeros before a block's first forward
+    turn: Tensor | None = None  # [B]        int32  forwards spent on the block; with a turn, as what follows
+    span: Tensor | None = None  # [B]        int32  positions of the block, given ones among them
+    draw: Tensor | None = None  # [B, N, L]  f32    uniform random numbers below 1
 
     def ready(self) -> Tensor:
         """[B, N, 1] bool: blocks that must accept something, for the block before is far enough."""
@@ -122,6 +125,8 @@ class Embed(Protocol):
 
 def rank(conf: Tensor) -> Tensor:
     """[..., L] → int [..., L]: how many positions are surer; ties go to the lower position."""
+    if conf.shape[-1] > 256:  # L² comparisons are many then
+        return conf.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     return ahead(conf).sum(-1)
 
 
