@@ -55,6 +55,8 @@ def convert(
     card = Card.from_hf(raw, generation)
     if card.fp8:
         raise ModelError(f"{model} is in fp8 already; convert the checkpoint that it was made of")
+    if fp8 and card.gemma is not None:
+        raise ConfigError(f"fp8 is not there for {card.family} ({model}); convert it without")
     kind = family(card.arch)
     net = kind.build(card, torch.device("meta"), torch.bfloat16)
     params = dict(net.named_parameters())

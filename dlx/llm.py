@@ -183,7 +183,9 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, n: int)
 def _adapted(params: list[SamplingParams], lora: str | Sequence[str | None] | None) -> list[SamplingParams]:
     if lora is None:
         return params
+    if not isinstance(lora, str | list | tuple):
+        raise RequestError(f"lora={lora!r} is not allowed; use the name of an adapter, or a list with one a prompt")
     names = [lora] * len(params) if isinstance(lora, str) else list(lora)
     if len(names) != len(params):
         raise RequestError(f"{len(names)} adapters for {len(params)} prompts; pass one name for all, or one a prompt")
-    return [replace(p, adapter=name) for p, name in zip(params, names)]
+    return [p if name is None else replace(p, adapter=name) for p, name in zip(params, names)]

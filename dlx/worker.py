@@ -177,6 +177,12 @@ class Worker:
     def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
         kind, config = family(self.card.arch), self.config
         places = kind.places(self.card)
+        if config.lora is not None and raw.get("quantization_config") is not None:
+            raise ModelError(
+                f"{config.model} is in fp8 already: merge lora={str(config.lora)!r} into what it was made of"
+            )
+        if config.quantization is not None and self.card.gemma is not None:
+            raise ConfigError(f"quantization={config.quantization!r} is not there for {self.card.family}; leave it out")
         deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
         if config.adapters and self.card.gemma is not None:
             raise ConfigError(

@@ -29,6 +29,8 @@ PLAIN: tuple[tuple[str, tuple[object, ...]], ...] = (
     ("target_parameters", (None, [])),
     ("trainable_token_indices", (None, [], {})),
     ("megatron_config", (None,)),
+    ("alora_invocation_tokens", (None, [])),
+    ("layer_replication", (None, [])),
 )
 MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change the base weights
 
@@ -149,8 +151,22 @@ def _refuse(path: Path, config: Json) -> None:
         raise ModelError(f"{path}: init_lora_weights={start!r} changed the base weights too; export it as plain LoRA")
     for key, least in (("r", 1), ("lora_alpha", 0)):
         value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-            raise ModelError(f"{path}: {key}={value!r} is not allowed; expected a number from {least} on")
+        _number(path, key, value, least)
+    for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        patterns = config.get(key)
+        for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+            _number(path, f"{key}[{pattern!r}]", value, least)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ModelError(f"{path}: {key} has {pattern!r}, which is no regular expression ({error})") from None
+
+
+def _number(path: Path, key: str, value: object, least: int) -> None:
+    """Raise ModelError unless it is a finite number, `least` or more."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not least <= value < float("inf"):  # type: ignore[operator]
+        raise ModelError(f"{path}: {key}={value!r} is not allowed; expected a number from {least} on")
 
 
 def _misfit(config: Json, module: str, factors: dict[str, Stored], places: Mapping[str, Place]) -> str:

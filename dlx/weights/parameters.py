@@ -198,7 +198,9 @@ def layout(config: Json, places: Mapping[str, Place], params: Mapping[str, Tenso
     """Where a checkpoint's tensors go: as its family says, or, if `dlx convert` wrote it, each to its namesake."""
     if config.get(LAYOUT) != FUSED:
         return places
-    return {name: Place(name, 0, tuple(param.shape)) for name, param in params.items()}
+    made = {scale_of(name) for name, param in params.items() if param.dtype == FP8}
+    made = made if config.get("quantization_config") is None else set()  # quantised here, not read
+    return {name: Place(name, 0, tuple(param.shape)) for name, param in params.items() if name not in made}
 
 
 def release(params: Mapping[str, Tensor]) -> None:
