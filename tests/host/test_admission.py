@@ -11,6 +11,7 @@ import pytest
 from dlx.errors import RequestError
 from dlx.graphs.buffer import Row
 from dlx.graphs.policies import Policy
+from dlx.graphs.rules import Calm, Edit
 from dlx.graphs.shapes import Shapes
 from dlx.models.card import Card
 from dlx.pages import PagePool
@@ -19,7 +20,7 @@ from dlx.scheduler import Plan, Scheduler
 
 L, S, MASK, STOP = 4, 8, 3, 2
 CARD = cast(Card, SimpleNamespace(stop_ids=(STOP,), vocab=50, mask_id=MASK, shift=False))
-POLICY = Policy(L=L, accept=0.7, open_at=0.2, force_at=0.6)
+POLICY = Policy(L=L, accept=0.7, open_at=0.2, force_at=0.6, rewrite=Edit(), settle=Calm(), filters=True)
 SHAPES = Shapes(rows=(1, 2, 4), tokens=(8, 16), C=8, S=S, W=8)
 NAN = float("nan")
 
@@ -85,16 +86,17 @@ def test_complete_blocks_are_prefilled_in_chunks_and_the_rest_joins_the_first_bl
 
 def test_a_row_carries_the_policys_numbers() -> None:
     _, row = admitted(asked([9] * 6))
-    assert row.num == (0.7, 0.2, 0.6, 0.0)
-    assert row.ints[:3] == (14, 2**31 - 1, 0)
+    assert row.num == (0.7, 0.2, 0.6, 0.0, 0.9, 0.0, 0.0, 1.0)
+    assert row.ints[:4] == (14, 2**31 - 1, 0, 0)
     assert row.stops == [STOP]
 
 
 def test_a_requests_own_numbers_come_first_zeros_too() -> None:
     own: dict[str, Any] = {"threshold": 0.0, "open_at": 0.0, "force_at": 1.0, "temperature": 0.5, "seed": 0}
+    own |= {"edit": 0.5, "stability": 0.75, "top_p": 0.5, "top_k": 3}
     _, row = admitted(asked([9] * 6, max_nfe=9, ignore_eos=True, stop_token_ids=(7, STOP, 7), **own))
-    assert row.num == (0.0, 0.0, 1.0, 0.5)
-    assert row.ints[:3] == (14, 9, 1)
+    assert row.num == (0.0, 0.0, 1.0, 0.5, 0.5, 0.0, 0.75, 0.5)
+    assert row.ints[:4] == (14, 9, 1, 3)
     assert row.stops == [STOP, 7]
     assert row.seed == 0
 

@@ -276,10 +276,10 @@ def test_graphs_are_prepared_the_largest_first_and_touch_nothing(nano: Path, for
     w = worker(nano, graphs="off", forwards=forwards)
     for pages in w.kv:
         pages.normal_()
-    before = [t.clone() for t in (*w.kv, *w.buf)]
+    before = [t.clone() for t in (*w.kv, *w.buf[:-1])]
     w.prepare([1, 2], [64])
     assert list(w.graphs._run) == [("prefill", 64), ("step", 2), ("step", 1)]
-    assert all(torch.equal(a, b) for a, b in zip(before, (*w.kv, *w.buf), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*w.kv, *w.buf[:-1]), strict=True))
 
 
 def test_the_command_says_what_is_to_be_packed(
