@@ -92,10 +92,10 @@ def aup(points: Iterable[tuple[float, float]], best: float) -> float:
 
 
 def described(one: Line, records: dict[float, Record], made: Json) -> Json:
-    """JSON-able: the line's first policy, what was swept, and its points."""
-    points = [{"value": value, **record.describe()} for value, record in records.items()]
+    """JSON-able: the line's first policy, what was swept, and its points with what made them."""
+    points = [{"value": value, "made": dict(made), **record.describe()} for value, record in records.items()]
     policy = next(iter(one.policies.values())).describe()
-    return {"policy": policy, "swept": one.swept, "made": dict(made), "points": points}
+    return {"policy": policy, "swept": one.swept, "points": points}
 
 
 def joined(old: Json | None, new: Json) -> Json:
@@ -144,7 +144,7 @@ def draw(record: Json, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens per forward", ylabel="accuracy")
     for i, (name, one) in enumerate(record["lines"].items()):
-        points = sorted(map(_xy, one["points"]))
+        points = [_xy(point) for point in one["points"]]  # by what was swept
         label = f"{name} (AUP {one['aup']:.0f})"
         style = ("-", "--", ":", "-.")[i // 10 % 4]
         axes.plot([x for x, _ in points], [y / 100 for _, y in points], marker="o", linestyle=style, label=label)

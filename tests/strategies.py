@@ -196,8 +196,20 @@ def trimmed(ids: list[int], mask: int) -> list[int]:
     return ids
 
 
-def decode(net: Qwen3, rule: Rule, prompt: list[int], most: int, accept: float, stop: int, jitter: float = 0) -> Trail:
-    """Decode one prompt by one rule; `jitter` moves each logit by up to so much."""
+def decode(
+    net: Qwen3,
+    rule: Rule,
+    prompt: list[int],
+    most: int,
+    accept: float,
+    stop: int,
+    jitter: float = 0,
+    stays: bool = False,
+) -> Trail:
+    """Decode one prompt by one rule; `jitter` moves each logit by up to so much.
+
+    stays  decided tokens stay: the answer ends as soon as its stop id, or its last token, has no mask before it
+    """
     L, mask, limit = net.L, net.mask_id, len(prompt) + most
     E = net.net.get_input_embeddings().weight.detach()
     rng = torch.Generator().manual_seed(0)
@@ -213,6 +225,9 @@ def decode(net: Qwen3, rule: Rule, prompt: list[int], most: int, accept: float, 
             over = rule(b, E)
             b.turn += 1
             steps.append(trimmed((done[:base] + b.ids)[len(prompt) :], mask))
+            settled = [*(done[:base] + b.ids)[len(prompt) : limit], mask]
+            settled = settled[: settled.index(mask)]
+            over = over or (stays and (stop in settled or len(settled) == most))
         done, base = done[:base] + b.ids, base + L
         out = done[len(prompt) : limit]
         if stop in out or len(done) >= limit:

@@ -85,10 +85,11 @@ def _step(policy: Policy, ids: Ids, device: torch.device, dtype: torch.dtype) ->
     ids = ids._replace(vocab=max(ids.vocab, 8))
     net = Blank(ids.vocab, device, dtype)
     if policy.turn is not None:
-        C = 2 * policy.L  # of its first scope
-        width = policy.L if policy.turn.blocks else C
-        buf = buffer.allocate(2, 1, width, 1, 1, device, mem=policy.memory())
-        sequence.denoise(policy, 0, C, ids, net, buf, sequence.allocate(2, C + policy.L, device), ())
+        T = 4 * policy.L
+        buf = buffer.allocate(2, 1, policy.L if policy.turn.blocks else T, 1, 1, device, mem=policy.memory())
+        memory = sequence.allocate(2, T + policy.L, device)
+        for scope, what in enumerate(policy.turn.scopes):
+            sequence.denoise(policy, scope, what.width(policy.L) or T, ids, net, buf, memory, ())
         return
     last = E if ids.shift else 0
     buf = buffer.allocate(2, policy.N, policy.L, 1, 1, device, last, dtype, policy.memory())

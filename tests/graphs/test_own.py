@@ -140,6 +140,14 @@ def test_rules_of_a_canvas_and_of_a_shifted_network_are_tried_too() -> None:
         own.tried(Policy(L=8, rewrite=Open()), Ids(31, 32, shift=True), CPU, torch.float32, False)
 
 
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.turn is not None])
+def test_rules_are_tried_in_every_scope_of_a_sequence(name: str) -> None:
+    policy = replace(POLICIES[name], L=8, select=Pairs())
+    own.tried(policy, Ids(31, 32, shift=True), CPU, torch.float32, True)
+    with pytest.raises(PolicyError, match="reads a value"):
+        own.tried(replace(policy, select=own_rules.Reads()), Ids(31, 32), CPU, torch.float32, False)
+
+
 def test_what_the_step_asks_of_a_rule_it_asks_of_the_same_kind() -> None:
     @dataclass(frozen=True)
     class Mine(Keep):

@@ -87,7 +87,7 @@ def test_complete_blocks_are_prefilled_in_chunks_and_the_rest_joins_the_first_bl
 def test_a_row_carries_the_policys_numbers() -> None:
     _, row = admitted(asked([9] * 6))
     assert row.num == (0.7, 0.2, 0.6, 0.0, 0.9, 0.0, 0.0, 1.0)
-    assert row.ints[:4] == (14, 2**31 - 1, 0, 0)
+    assert row.ints == (14, 2**31 - 1, 0, 0, 6, 2**31 - 1, 0, -1)
     assert row.stops == [STOP]
 
 
@@ -96,7 +96,7 @@ def test_a_requests_own_numbers_come_first_zeros_too() -> None:
     own |= {"edit": 0.5, "stability": 0.75, "top_p": 0.5, "top_k": 3}
     _, row = admitted(asked([9] * 6, max_nfe=9, ignore_eos=True, stop_token_ids=(7, STOP, 7), **own))
     assert row.num == (0.0, 0.0, 1.0, 0.5, 0.5, 0.0, 0.75, 0.5)
-    assert row.ints[:4] == (14, 9, 1, 3)
+    assert row.ints == (14, 9, 1, 3, 6, 2**31 - 1, 0, -1)
     assert row.stops == [STOP, 7]
     assert row.seed == 0
 

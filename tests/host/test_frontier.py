@@ -130,7 +130,7 @@ def test_the_tool_writes_a_record_and_a_plot(tmp_path: Path, capsys: pytest.Capt
     assert frontier.main(["fixed:select.k=2|8", *flags, "--png", str(plot)]) == 0
     value = json.loads(record.read_text())
     assert list(value["lines"]) == ["single_bd", "fixed:select.k=2|8"]
-    assert value["lines"]["single_bd"]["policy"]["select"] == {"rule": "Threshold"}
+    assert value["lines"]["single_bd"]["policy"]["select"]["rule"] == "Threshold"
     assert plot.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "single_bd  accept=0.9" in out and r"`fixed:select.k=2\|8`" in out
