@@ -145,5 +145,5 @@ def test_a_visibility_that_the_model_was_not_trained_for_is_refused(
 def test_a_block_length_is_free_where_the_model_was_trained_all_to_all(tmp_path: Path) -> None:
     folder = write(tmp_path, "llada", network("llada"))
     for L in (1, 7, 32):
-        with LLM(folder, "d2f", graphs="off", device="cpu", dtype="float32", block_length=L) as llm:
+        with LLM(folder, policy="d2f", graphs="off", device="cpu", dtype="float32", block_length=L) as llm:
             assert (llm.policy.L, llm.policy.N) == (L, 4)
