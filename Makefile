@@ -1,4 +1,4 @@
-# make demo | test | lint: the environment is made on first use, with python3, pip and a package index alone.
+# make demo | test | test-long | lint: the environment is made on first use, with python3, pip and a package index alone.
 #
 #   PYTHON  the interpreter, 3.11 or newer
 #   VENV    the environment's folder
@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # one thread: compiled CPU code is many times slower with two on a shared machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test lint
+.PHONY: demo test test-long lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -24,8 +24,11 @@ demo: $(VENV)/.core
 	He gets 5 shells from his sister. How many shells does Tom have in the end?"
 
 test: $(VENV)/.dev
-	$(PYTEST) -n $(JOBS) -m "not gpu and not multi_gpu and not interp"
+	$(PYTEST) -n $(JOBS) -m "not gpu and not multi_gpu and not long and not interp"
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m interp
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -n $(JOBS) -m long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -82,7 +82,7 @@ def test_a_strategy_decodes_forward_for_forward_like_its_loop(random8: Path, nam
     hold(random8, name, prompts(3, 1), 16)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strategy_decodes_sixty_prompts_like_its_loop(random8: Path, name: str) -> None:
     hold(random8, name, prompts(60, 2), 40)
@@ -112,7 +112,7 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(random8: Path, name: str)
     assert [(o.token_ids, o.nfe) for o in together] == [(o.token_ids, o.nfe) for o in alone]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NAMES[1:], "mixed"])
 def test_a_compiled_strategy_decodes_as_the_eager_one(random8: Path, name: str) -> None:
     policy = MIXED if name == "mixed" else replace(SHORT.get(name, POLICIES[name]), N=2)

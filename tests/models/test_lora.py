@@ -218,7 +218,7 @@ def test_a_stream_takes_an_adapter_and_a_slot_forgets_it(base: Base) -> None:
     assert plain == again != one == streamed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_compiled_step_takes_adapters_as_the_eager_one_does(base: Base) -> None:
     with (
         llm(base.folder, adapters=base.adapters) as eager,

@@ -108,7 +108,7 @@ def test_every_forward_is_the_references(made: tuple[str, Any, Path], strategy: 
         assert excused <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fifty_prompts_are_the_references(made: tuple[str, Any, Path], strategy: str) -> None:
     name, net, folder = made
@@ -184,7 +184,7 @@ def test_rows_do_not_depend_on_their_neighbours_nor_on_the_forwards_of_a_launch(
             assert alone == [(o.token_ids, o.nfe, o.finish_reason) for o in llm.generate(prompts, params)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["fast_dllm_v1", "fast_dllm_v1_prefix", "entropy", "fast_dllm_v2_cached"])
 def test_compiled_is_eager(policy: str, tmp_path: Path) -> None:
     name = "fast_dllm_v2" if policy == "fast_dllm_v2_cached" else "dream"
