@@ -185,8 +185,14 @@ def _rope(read: Fields, facts: Facts, head_dim: int) -> tuple[float, int]:
         if rope.get("rope_type", "default") != "default":
             raise wrong("rope_parameters", rope, 'unscaled rotary embeddings: "rope_type": "default"')
         inner = Fields(rope)
-    share = inner.get("partial_rotary_factor") or read.get("partial_rotary_factor") or 1
-    if not isinstance(share, int | float) or not 0 < share <= 1 or (share != 1 and not facts.partial):
+    named = inner.get("partial_rotary_factor"), read.get("partial_rotary_factor")
+    share = next((value for value in named if value is not None), 1)
+    if (
+        isinstance(share, bool)
+        or not isinstance(share, int | float)
+        or not 0 < share <= 1
+        or (share != 1 and not facts.partial)
+    ):
         where, value = ("rope_parameters", rope) if rope is not None else ("partial_rotary_factor", share)
         allowed = "a share above 0, 1 at most" if facts.partial else '1, as all channels turn: "rope_type": "default"'
         raise wrong(where, value, allowed)

@@ -133,6 +133,8 @@ def test_one_stop_id_of_the_family_means_all_of_them_and_a_list_only_those() -> 
         ("sdar_30b_a3b", "mlp_only_layers", [0], "[]"),
         ("sdar_30b_a3b", "num_experts", 0, "an integer from 1"),
         ("dream_7b", "partial_rotary_factor", 0.5, "1, as all channels turn"),
+        ("llada2_mini", "partial_rotary_factor", 0, "a share above 0, 1 at most"),
+        ("llada2_mini", "partial_rotary_factor", True, "a share above 0, 1 at most"),
         ("dream_7b", "attention_bias", False, "true for dream"),
     ],
 )
