@@ -59,7 +59,7 @@ def test_a_users_rule_decides(nano: Path) -> None:
     assert sum(nfe for _, nfe, _ in quick) < sum(nfe for _, nfe, _ in plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_users_rule_the_guard_and_the_budget_compile_to_the_same(nano: Path) -> None:
     policy = Policy(N=2, select=Pairs(), rewrite=Again(), max_repetition_run=3, auto_max_nfe=4)
     eager = answers(nano, policy, "off")

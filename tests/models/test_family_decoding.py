@@ -84,7 +84,7 @@ def test_blocks_from_left_to_right_decode_like_the_reference(made: tuple[str, An
         assert not hold(llm, net, name, STRATEGIES[policy], [*range(1, 2 * L + 2), 5 * L, 70, 131, 160])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "forwards"), [("dream", 1), ("llada2", 1), ("fast_dllm_v2", 4)])
 def test_the_compiled_step_decodes_like_the_reference(name: str, forwards: int, tmp_path: Path) -> None:
     net, L = network(name, seed=1, spread=6.0), FAMILIES[name].L

@@ -267,7 +267,7 @@ def test_compiled_noise_is_philox_and_overflows_nowhere(seed: int) -> None:
         assert compiled(*asked).tolist() == noise(*asked).tolist() == [words]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_compiled_step_gives_the_eager_answer(quick: Case, tmp_path: Path) -> None:
     prompt, params = ids(17, 1).tolist(), SamplingParams(2 * CANVAS, temperature=1.0, seed=4)
     folder = gemma.write(tmp_path, gemma.tensors(quick.net))

@@ -270,15 +270,13 @@ def test_a_matmul_is_the_same_for_any_split_of_its_depth(kind: int, splits: int)
     config = tiles.Tiles(BN=64, BK=32, splits=splits, warps=4, stages=2)
     if kind == 2:
         args = OPS["accumulate"].cases()["few rows"]
-        check(
-            OPS["accumulate"], args, lambda y, w, h, g, s, b, v: tiles.launch(2, y, w, None, h, g, 0.0, s, b, v, config)
-        )
+        check(OPS["accumulate"], args, lambda y, w, h, g, s, b: tiles.launch(2, y, w, None, h, g, 0.0, s, b, config))
         return
     args = OPS["project"].cases()["swiglu" if kind else "plain"]
     check(
         OPS["project"],
         args,
-        lambda a, q, w, e, _, s, b, v: tiles.launch(kind, a, w, q, None, None, e, s, b, v, config)[0],
+        lambda a, q, w, e, _, s, b: tiles.launch(kind, a, w, q, None, None, e, s, b, config)[0],
     )
 
 
