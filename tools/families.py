@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from dlx.bench.arguments import add_how, how, shape, write
 from dlx.bench.forward import SCHEMA
 from dlx.bench.scene import How, published
 from dlx.bench.start import in_process
+from dlx.environment import inherited
 from dlx.errors import DlxError
 from dlx.models.card import Card
 
@@ -54,7 +54,7 @@ def families(
                 "command": command,
                 "folder": folder and str(folder),
             }
-            run |= in_process("from dlx.bench.families import child; child()", asked, os.environ)
+            run |= in_process("from dlx.bench.families import child; child()", asked, inherited())
         except DlxError as error:
             run["failed"] = str(error).splitlines()[-1]
         runs[name] = run

@@ -1,0 +1,88 @@
+"""What can be set of an engine: the one place that flags, DLX_* variables, YAML keys and the docs are made from.
+
+To add a setting, write one field here, with a default and a description:
+
+    prefix_cache: bool = Field(default=True, strict=True, description="share K/V pages of prompts that begin alike")
+
+It is then --prefix-cache, DLX_PREFIX_CACHE, `prefix_cache:` under `engine:`, `LLM(prefix_cache=…)`, a field of Config;
+`python tools/configuration.py` writes it into docs/configuration.md. A field whose name is that of a sampling parameter, or of a command's own flag,
+says under what name it is a flag (`seed`). Nothing heavy may be imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from dlx.graphs.modes import Mode
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Settings(BaseModel, frozen=True, extra="forbid"):
+    """The configuration of one engine as it is asked for; None leaves it to the policy, the model or the machine.
+
+    Sizes are in tokens, pages and rows. `dlx.config.Config` is the same with what was left open filled in.
+    """
+
+    model: Path | None = Field(
+        default=None, description="checkpoint folder, or ORG/NAME at huggingface.co; else the bundled model"
+    )
+    policy: str | None = Field(default=None, description="decoding policy, by name; else the model's own")
+    graphs: Mode | None = Field(
+        default=None,
+        description="off: eager; compile: Inductor; capture: CUDA graphs of that; else capture on CUDA, off on a CPU",
+    )
+    device: str | None = Field(default=None, description="cpu, cuda or cuda:N; else CUDA if there is a GPU")
+    dtype: Dtype | None = Field(default=None, description="of weights and K/V; else bfloat16 on CUDA, float32 on a CPU")
+    block_length: int | None = Field(
+        default=None, strict=True, ge=1, le=256,
+        description="tokens a block, of those the model was trained for; else the policy's or the model's",
+    )  # fmt: skip
+    max_num_seqs: int = Field(default=8, strict=True, ge=1, le=1024, description="rows that decode at once")
+    max_model_len: int | None = Field(
+        default=None, strict=True, ge=1, description="tokens of prompt and answer; else the model's, 4096 at most"
+    )
+    page_size: int | None = Field(
+        default=None, strict=True, ge=1, le=1024,
+        description="tokens a K/V page, a multiple of the block length; else the first from 16 on",
+    )  # fmt: skip
+    num_pages: int | None = Field(
+        default=None, strict=True, ge=1, lt=2**31,
+        description="pages in the pool; else what max_num_seqs rows need and memory allows",
+    )  # fmt: skip
+    forwards: int = Field(
+        default=1, strict=True, ge=1, le=4096,
+        description="forwards that one launch may run on the device before the host reads what it committed",
+    )  # fmt: skip
+    unroll: bool = Field(
+        default=False, strict=True,
+        description="run the forwards of a launch one after the other, so that a profile shows each",
+    )  # fmt: skip
+    pack: Path | None = Field(
+        default=None, description="folder of a pack, or of packs, of `dlx pack`: graphs are read from it, not compiled"
+    )
+    quantization: Literal["fp8"] | None = Field(
+        default=None, description="fp8: weights of the layers in e4m3 with a scale a row, quantised while they are read"
+    )
+    load_format: Literal["safetensors", "dummy"] = Field(
+        default="safetensors", description="dummy: random weights of the true shape, config.json is enough"
+    )
+    seed: int = Field(
+        default=0, strict=True, ge=0, lt=2**63, description="of dummy weights", json_schema_extra={"flag": "dummy_seed"}
+    )
+    check_weights: bool = Field(default=False, strict=True, description="refuse NaN and infinities, tensor by tensor")
+    lora: Path | None = Field(
+        default=None, description="LoRA adapter to merge into the weights: a folder in PEFT's layout, or ORG/NAME"
+    )
+    adapters: dict[str, Path] = Field(
+        default={},
+        max_length=64,
+        description="name → LoRA adapter, a folder or ORG/NAME, that requests ask for by name",
+    )
+
+    def given(self) -> dict[str, Any]:
+        """What was set, by name: the arguments of `Config.from_args` and `LLM`."""
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
