@@ -21,7 +21,7 @@ from dlx.weights.hub import fetched
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
-class Config(Settings):
+class Config(Settings, frozen=True):
     """The resolved configuration of one engine; `from_args` builds it.
 
     A subclass, for it is the same fields, which are described in `Settings`: those below are no longer open, and the
@@ -30,11 +30,11 @@ class Config(Settings):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    model: Path
-    policy: InstanceOf[Policy] | None  # pyright: ignore[reportIncompatibleVariableOverride]  named before
-    graphs: Mode
-    device: str
-    dtype: Dtype
+    model: Path = TINY
+    policy: InstanceOf[Policy] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  named before
+    graphs: Mode = "off"
+    device: str = "cpu"
+    dtype: Dtype = "float32"
 
     @staticmethod
     def from_args(

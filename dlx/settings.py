@@ -5,8 +5,8 @@ To add a setting, write one field here, with a default and a description:
     prefix_cache: bool = Field(default=True, strict=True, description="share K/V pages of prompts that begin alike")
 
 It is then --prefix-cache, DLX_PREFIX_CACHE, `prefix_cache:` under `engine:`, `LLM(prefix_cache=…)`, a field of Config;
-`python tools/configuration.py` writes it into docs/configuration.md. A field whose name is that of a sampling parameter, or of a command's own flag,
-says under what name it is a flag (`seed`). Nothing heavy may be imported here.
+`python tools/configuration.py` writes it into docs/configuration.md. A field named as a sampling parameter or as a flag
+of a command says under what name it is a flag (`seed`). Nothing heavy may be imported here.
 """
 
 from __future__ import annotations
