@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PREFIX = "DLX_"
-OWN = ("DLX_DEBUG",)  # variables that stand for no setting
+# variables that stand for no setting, and what they may be; () is anything
+OWN: dict[str, tuple[str, ...]] = {"DLX_DEBUG": ("0", "1"), "DLX_CONFIG": ()}
 
 
 class Environment(NamedTuple):
@@ -16,16 +17,18 @@ class Environment(NamedTuple):
     threads: int | None  # OMP_NUM_THREADS, where it is a number
     pack: Path | None  # DLX_PACK, what Config.pack is by default
     debug: bool  # DLX_DEBUG=1: kernels check page indices
+    config: Path | None  # DLX_CONFIG, the YAML file of a command line without --config
 
 
 def environment() -> Environment:
     """Read the environment now."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    pack = os.environ.get("DLX_PACK")
+    pack, config = os.environ.get("DLX_PACK"), os.environ.get("DLX_CONFIG")
     return Environment(
         int(threads) if threads.isdigit() and int(threads) > 0 else None,
         Path(pack) if pack else None,
         os.environ.get("DLX_DEBUG") == "1",
+        Path(config) if config else None,
     )
 
 

@@ -21,7 +21,7 @@ from dlx.graphs.modes import Mode
 Dtype = Literal["float32", "bfloat16"]
 
 
-class Settings(BaseModel, frozen=True, extra="forbid"):
+class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
     """The configuration of one engine as it is asked for; None leaves it to the policy, the model or the machine.
 
     Sizes are in tokens, pages and rows. `dlx.config.Config` is the same with what was left open filled in.

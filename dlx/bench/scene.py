@@ -113,7 +113,7 @@ def published(shape: Path) -> dict[str, Any]:
     """The config.json of a shape, a file or a folder. Raises ConfigError if it is not there."""
     source = shape / "config.json" if shape.is_dir() else shape
     if not source.is_file():
-        raise ConfigError(f"{source} is not there; name a shape of tools/shapes, or a checkpoint's folder")
+        raise ConfigError(f"{source} is not there; name a shape of dlx/bench/shapes, or a checkpoint's folder")
     return weights.read_json(source)
 
 
