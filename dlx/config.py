@@ -71,17 +71,10 @@ class Config(Settings, frozen=True):
 
     def check(self) -> None:
         """Raise ConfigError for what this machine cannot do."""
-        kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (":" in self.device and not index.isdecimal()):
-            raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
+        super().check()
+        kind = self.device.partition(":")[0]
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
-        if "" in self.adapters:
-            raise ConfigError("adapters has an empty name; give each a name that requests can ask for")
-        if self.lora is not None and self.load_format == "dummy":
-            raise ConfigError(
-                f"lora={str(self.lora)!r} cannot be merged into random weights; use adapters, or a checkpoint"
-            )
         if self.graphs == "capture" and kind != "cuda":
             raise ConfigError(
                 f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}"

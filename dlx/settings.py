@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from dlx.errors import ConfigError
 from dlx.graphs.modes import Mode
 
 Dtype = Literal["float32", "bfloat16"]
@@ -33,10 +34,12 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
     policy: str | None = Field(default=None, description="decoding policy, by name; else the model's own")
     graphs: Mode | None = Field(
         default=None,
-        description="off: eager; compile: Inductor; capture: CUDA graphs of that; else capture on CUDA, off on a CPU",
+        description="how steps run: off, eager; compile, by Inductor; capture, as CUDA graphs; else capture on CUDA",
     )
-    device: str | None = Field(default=None, description="cpu, cuda or cuda:N; else CUDA if there is a GPU")
-    dtype: Dtype | None = Field(default=None, description="of weights and K/V; else bfloat16 on CUDA, float32 on a CPU")
+    device: str | None = Field(default=None, description="where: cpu, cuda or cuda:N; else CUDA if there is a GPU")
+    dtype: Dtype | None = Field(
+        default=None, description="number format of weights and K/V; else bfloat16 on CUDA, float32 on a CPU"
+    )
     block_length: int | None = Field(
         default=None, strict=True, ge=1, le=256,
         description="tokens a block, of those the model was trained for; else the policy's or the model's",
@@ -65,13 +68,19 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         default=None, description="folder of a pack, or of packs, of `dlx pack`: graphs are read from it, not compiled"
     )
     quantization: Literal["fp8"] | None = Field(
-        default=None, description="fp8: weights of the layers in e4m3 with a scale a row, quantised while they are read"
+        default=None, description="of the layers' weights: fp8 is e4m3 with a scale a row, made while they are read"
     )
     load_format: Literal["safetensors", "dummy"] = Field(
-        default="safetensors", description="dummy: random weights of the true shape, config.json is enough"
+        default="safetensors",
+        description="what weights are; dummy: random ones of the true shape, config.json is enough",
     )
     seed: int = Field(
-        default=0, strict=True, ge=0, lt=2**63, description="of dummy weights", json_schema_extra={"flag": "dummy_seed"}
+        default=0,
+        strict=True,
+        ge=0,
+        lt=2**63,
+        description="seed of dummy weights",
+        json_schema_extra={"flag": "dummy_seed"},
     )
     check_weights: bool = Field(default=False, strict=True, description="refuse NaN and infinities, tensor by tensor")
     lora: Path | None = Field(
@@ -82,6 +91,18 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         max_length=64,
         description="name → LoRA adapter, a folder or ORG/NAME, that requests ask for by name",
     )
+
+    def check(self) -> None:
+        """Raise ConfigError for what no machine could do."""
+        kind, colon, index = (self.device or "cpu").partition(":")
+        if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
+            raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
+        if "" in self.adapters:
+            raise ConfigError("adapters has an empty name; give each a name that requests can ask for")
+        if self.lora is not None and self.load_format == "dummy":
+            raise ConfigError(
+                f"lora={str(self.lora)!r} cannot be merged into random weights; use adapters, or a checkpoint"
+            )
 
     def given(self) -> dict[str, Any]:
         """What was set, by name: the arguments of `Config.from_args` and `LLM`."""

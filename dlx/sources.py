@@ -17,7 +17,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, ge
 
 from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
-from dlx.documents import read
 from dlx.environment import OWN, PREFIX, variables
 from dlx.errors import ConfigError, DlxError
 
@@ -109,6 +108,8 @@ def rows(doc: str) -> dict[str, str]:
 
 def document(path: Path | None, sections: Iterable[Section]) -> dict[str, Values]:
     """Section → values of a YAML file; keys outside any section are the first one's. Raises ConfigError."""
+    from dlx.documents import read
+
     sections = list(sections)
     found: dict[str, Values] = {section.name: {} for section in sections}
     if path is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from cyclopts import Group, Parameter, Token
 
@@ -31,7 +31,7 @@ def integer(_: object, tokens: Sequence[Token]) -> int:
 
 Whole = Annotated[int, Parameter(converter=integer)]
 
-ENGINE = Section("engine", Settings)
+ENGINE = Section("engine", Settings, Settings.check)
 SAMPLING = Section("sampling", SamplingParams, SamplingParams.check)
 SECTIONS = (ENGINE, SAMPLING)  # of a file and of the environment; keys outside of any are the first one's
 
@@ -40,8 +40,11 @@ SECTIONS = (ENGINE, SAMPLING)  # of a file and of the environment; keys outside 
 class Given:
     """The flags of a section that a command line names; subclasses are made by `flags`, for cyclopts reads classes."""
 
+    mappings: ClassVar[frozenset[str]] = frozenset()  # fields that are given as NAME=VALUE, again and again
+
     def values(self) -> dict[str, Any]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return found | {name: dict(map(pair, found[name])) for name in self.mappings & set(found)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class More(Given):
 
     def values(self) -> dict[str, Any]:
         return dict(self.found)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE in two."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(f"{text!r} is not allowed; write NAME=VALUE")
+    return name, value
 
 
 NONE = Given()
@@ -119,9 +130,11 @@ def flags(section: Section, only: tuple[str, ...] = (), without: tuple[str, ...]
     """A class with a field a setting: None where it is not given."""
     group = Group(f"{section.name.capitalize()} settings", sort_key=section.name)
     chosen = [k for k in section.knobs.values() if (not only or k.name in only) and k.name not in without]
+    mappings = frozenset(k.name for k in chosen if get_origin(plain(k.kind)) is dict)
     return make_dataclass(
         f"{section.name.capitalize()}Flags", [(k.name, annotated(k, group), None) for k in chosen],
-        bases=(Given,), frozen=True, namespace={"__module__": __name__},  # else cyclopts takes it for a builtin
+        bases=(Given,), frozen=True,
+        namespace={"__module__": __name__, "mappings": mappings},  # without a module cyclopts takes it for a builtin
     )  # fmt: skip
 
 
@@ -129,6 +142,8 @@ def annotated(knob: Knob, group: Group) -> Any:
     """How cyclopts reads a setting."""
     kind = plain(knob.kind)
     negative = f"--no-{knob.flag[2:]}" if kind is bool else ()
+    if get_origin(kind) is dict:
+        kind = list[Annotated[str, Parameter(metavar="NAME=VALUE")]]
     shown = "" if knob.default in (None, (), {}) else str(knob.default)
     text = knob.description[:1].upper() + knob.description[1:].rstrip(".") + "."
     how = Parameter(name=knob.flag, help=text, group=group, negative=negative, show_default=shown or False)
