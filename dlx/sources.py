@@ -108,12 +108,13 @@ def rows(doc: str) -> dict[str, str]:
 
 def document(path: Path | None, sections: Iterable[Section]) -> dict[str, Values]:
     """Section → values of a YAML file; keys outside any section are the first one's. Raises ConfigError."""
-    from dlx.documents import read
-
     sections = list(sections)
     found: dict[str, Values] = {section.name: {} for section in sections}
     if path is None:
         return found
+
+    from dlx.documents import read
+
     by_name = {section.name: section for section in sections}
     top = sections[0]
     for key, value in read(path).items():
