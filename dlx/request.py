@@ -20,8 +20,9 @@ class Finish(StrEnum):
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
-    ERROR = "error"  # its logits were not finite
+    ERROR = "error"  # its logits were not finite, or a step failed
     ABORT = "abort"  # the caller dropped it
+    TIMEOUT = "timeout"  # its time was over
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +143,24 @@ class Timings(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one step committed for one request; text and ids leave the stop id out."""
+    """What one step committed for one request; text and ids leave the stop id out.
+
+    window      with `watch`: the ids after what is committed, masks included; else empty
+    confidence  with `watch`: of each id of the window; of its proposal where it is still masked
+    guess       with `watch`: what is proposed at each position of the window
+    output      on the last chunk: the whole answer
+    error       why the request failed, in one line; its finish is ERROR
+    """
 
     id: int
     text: str
     token_ids: list[int]
     finish: Finish | None
-    window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
-    output: Output | None  # on the last chunk: the whole answer
+    window: list[int]
+    output: Output | None
+    error: str | None = None
+    confidence: list[float] = []  # noqa: RUF012
+    guess: list[int] = []  # noqa: RUF012
 
 
 class Output(NamedTuple):
