@@ -36,12 +36,13 @@ class Engine:
         """Nothing waits and nothing runs."""
         return self.scheduler.idle
 
-    def add_all(self, requests: list[tuple[list[int], SamplingParams]]) -> list[int]:
+    def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
 
+        watch  they get a chunk from every launch, with their windows
         Raises RequestError  for one that can never run
         """
-        fresh = [Request(next(self._ids), ids, params, time.monotonic()) for ids, params in requests]
+        fresh = [Request(next(self._ids), ids, params, time.monotonic(), watch) for ids, params in requests]
         for request in fresh:
             self.scheduler.check(request)
         for request in fresh:
@@ -56,8 +57,8 @@ class Engine:
             if slot is not None:
                 self.worker.stop(slot)
 
-    def step(self, watch: bool = False) -> list[Chunk]:
-        """One turn of the loop; what it committed. With `watch`, chunks also hold the undecided window, one a turn."""
+    def step(self) -> list[Chunk]:
+        """One turn of the loop; what it committed, and the windows of those who are watched."""
         if self.before_turn is not None:
             self.before_turn()
         with span("plan"):
@@ -65,11 +66,11 @@ class Engine:
         if plan is not None:
             self._launch(plan)
         chunks: list[Chunk] = []
-        while self.worker.in_flight > (0 if watch or plan is None else self.lag):
+        while self.worker.in_flight > (0 if plan is None else self.lag):
             if self.scheduler.idle:
                 self.worker.discard()
                 break
-            chunks += self._harvest(watch and self.worker.in_flight == 1)
+            chunks += self._harvest()
         return chunks
 
     def _launch(self, plan: Plan) -> None:
@@ -82,19 +83,16 @@ class Engine:
             self.scheduler.put_back(plan)
             raise
 
-    def _harvest(self, watch: bool) -> list[Chunk]:
+    def _harvest(self) -> list[Chunk]:
         plan, replies = self.worker.harvest()
         with span("take"):
-            chunks = [self._chunk(r, ids) for r, ids in self.scheduler.take(plan.running, replies)]
-            if not watch:
-                return chunks
-            news = {chunk.id: chunk for chunk in chunks}
-            live = [(slot, r) for slot, r in plan.running.items() if r.finish is None or r.id in news]
-            return [self._watched(news, r, slot) for slot, r in live]
-
-    def _watched(self, news: dict[int, Chunk], request: Request, slot: int) -> Chunk:
-        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
-        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot, request.tail))
+            news = {r.id: self._chunk(r, ids) for r, ids in self.scheduler.take(plan.running, replies)}
+            for slot, request in plan.running.items():
+                window = replies[slot].window
+                if window is not None and request.finish is None:
+                    chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
+                    news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
+            return list(news.values())
 
     def _chunk(self, request: Request, ids: list[int]) -> Chunk:
         shown = ids[:-1] if request.finish is Finish.STOP else ids

@@ -121,6 +121,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     arrived_s: float
+    watch: bool = False  # its chunks, one a launch, hold its window
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     out: list[int] = field(default_factory=list)  # committed ids, the stop id included
@@ -141,6 +142,14 @@ class Timings(NamedTuple):
     total_s: float
 
 
+class Window(NamedTuple):
+    """What of a watched row is behind what is committed, a position each; without Config.watch its ids alone."""
+
+    ids: list[int]  # masks included
+    confidence: list[float]  # of each id; of its proposal where it is a mask; 0 where nothing was proposed yet
+    guess: list[int]  # the proposal, of the last forward that decided on the position
+
+
 class Chunk(NamedTuple):
     """What one step committed for one request; text and ids leave the stop id out."""
 
@@ -148,8 +157,11 @@ class Chunk(NamedTuple):
     text: str
     token_ids: list[int]
     finish: Finish | None
-    window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
+    window: list[int]  # of a watched request, as Window.ids; else empty
     output: Output | None  # on the last chunk: the whole answer
+    error: str | None = None  # why the request failed, in one line
+    confidence: list[float] = []  # noqa: RUF012  as Window's, never written to
+    guess: list[int] = []  # noqa: RUF012
 
 
 class Output(NamedTuple):

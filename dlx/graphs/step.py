@@ -127,6 +127,8 @@ def denoise(
         for name, kept in rule.keep(proposed, w, tok, whole).items():
             now = deciding.view(*whole.shape, *[1] * (kept.dim() - 2))
             mem[name] = cut.back(buf.mem[name], torch.where(now, kept, w.mem[name]))
+    if policy.watch:
+        mem |= {name: cut.back(buf.mem[name], kept) for name, kept in shown(c, w, tok, w.mem).items()}
     tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
 
