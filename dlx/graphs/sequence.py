@@ -20,7 +20,7 @@ from torch import Tensor
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Seen
-from dlx.graphs.rules.shown import shown
+from dlx.graphs.rules.shown import proposals
 from dlx.graphs.rules.turn import ALL, PAIR, REST, SUB, After, Scope, first
 from dlx.graphs.step import Ids, Network, propose, silent
 from dlx.graphs.stops import budgeted, committed
@@ -167,7 +167,7 @@ def denoise(
         place = (block - where[:, :1]).clamp(0, where.shape[1] - 1).long()[:, None]
         there = Candidates(c.tok.gather(2, place), c.conf.gather(2, place))
         seen = w._replace(**{name: getattr(w, name).gather(2, place) for name in ("tok", "todo", "live")})
-        for name, now in shown(there, seen, tok[:, None], mem).items():
+        for name, now in proposals(there, seen, tok[:, None], mem).items():
             kept[name] = torch.cat((torch.where(whole[:, None, None], 0, now), torch.zeros_like(now)), 1)
 
     # commit: a block that is decided is delivered, and the next begins

@@ -128,7 +128,7 @@ def denoise(
             now = deciding.view(*whole.shape, *[1] * (kept.dim() - 2))
             mem[name] = cut.back(buf.mem[name], torch.where(now, kept, w.mem[name]))
     if policy.watch:
-        mem |= {name: cut.back(buf.mem[name], kept) for name, kept in shown(c, w, tok, w.mem).items()}
+        mem |= {name: cut.back(buf.mem[name], kept) for name, kept in proposals(c, w, tok, w.mem).items()}
     tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
 

@@ -15,7 +15,7 @@ def columns(width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {CONF: ((width,), torch.float32), GUESS: ((width,), torch.int32)}
 
 
-def shown(c: Candidates, w: Seen, tok: Tensor, mem: Memory) -> Memory:
+def proposals(c: Candidates, w: Seen, tok: Tensor, mem: Memory) -> Memory:
     """The proposal of each position and its confidence, of the last forward that decided on it.
 
     c    candidates as they were scored: what `select` went by
