@@ -38,7 +38,7 @@ class Flight(NamedTuple):
     """A launch whose outbox is on its way to the host."""
 
     plan: Plan
-    outbox: Tensor  # [B, · + 3] int32, an Outbox packed, on the host, pinned where the device is a GPU
+    outbox: Tensor  # [B, · + FACTS] int32, an Outbox packed, on the host, pinned where the device is a GPU
     landed: torch.cuda.Event | None
 
 
@@ -149,7 +149,7 @@ class Worker:
         with span("harvest"):
             if flight.landed is not None:
                 flight.landed.synchronize()
-            return flight.plan, [Reply(row[:-3], *row[-3:]) for row in flight.outbox.tolist()]
+            return flight.plan, [Reply(row[: -buffer.FACTS], *row[-buffer.FACTS :]) for row in flight.outbox.tolist()]
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""
@@ -170,7 +170,7 @@ class Worker:
 
     def window(self, slot: int, given: int) -> list[int]:
         """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
-        n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
+        n = max(int(self.sent.step[slot, -buffer.FACTS]), given)  # of the last forward: what came before has left the window
         end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
         return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
 
