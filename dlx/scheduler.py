@@ -46,6 +46,7 @@ class Reply(NamedTuple):
     n: int
     nfe: int
     why: int
+    start: int = 0  # K/V before this position is final
     window: Window | None = None  # where somebody watches
 
 

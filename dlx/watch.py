@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlx.graphs.buffer import COUNTS, BlockBuffer
+from dlx.graphs.buffer import COUNTS, FACTS, BlockBuffer
 from dlx.graphs.rules.shown import CONF, GUESS
 from dlx.request import Window
 
@@ -26,14 +26,14 @@ def watched(plan: Plan) -> list[int]:
 def packed(plan: Plan, buf: BlockBuffer, step: Tensor, send: Callable[[Tensor], Tensor]) -> Tensor | None:
     """int32 [watched rows, HEAD + n] on the device, with confidences HEAD + 3 · n; n = (N + 1) · L. None: nobody looks.
 
-    step  [B, N·L + 3]  Outbox of the launch's last forward: what came before it has left the window
+    step  [B, N·L + FACTS]  Outbox of the launch's last forward: what came before it has left the window
     send  brings a small tensor to the device
     """
     slots = watched(plan)
     if not slots:
         return None
     at = send(torch.tensor(slots, dtype=torch.int32))
-    head = torch.stack((step[:, -3], buf.open, buf.start, buf.ints[:, COUNTS.index("limit")]), 1)
+    head = torch.stack((step[:, -FACTS], buf.open, buf.start, buf.ints[:, COUNTS.index("limit")]), 1)
     shown = [buf.mem[CONF].view(torch.int32), buf.mem[GUESS]] if CONF in buf.mem else []
     return torch.cat([x.index_select(0, at).flatten(1) for x in (head, buf.tok, *shown)], 1)
 

@@ -38,7 +38,7 @@ class Flight(NamedTuple):
     """A launch whose outbox is on its way to the host."""
 
     plan: Plan
-    outbox: Tensor  # [B, · + 3] int32, an Outbox packed, on the host, pinned where the device is a GPU
+    outbox: Tensor  # [B, · + FACTS] int32, an Outbox packed, on the host, pinned where the device is a GPU
     windows: Tensor | None  # of watched rows, see watch.py; there too
     landed: torch.cuda.Event | None
 
@@ -152,10 +152,10 @@ class Worker:
         with span("harvest"):
             if flight.landed is not None:
                 flight.landed.synchronize()
-            ends = self.policy.turn is not None
+            ends, F = self.policy.turn is not None, buffer.FACTS
             windows = watch.unpacked(flight.plan, flight.windows, self.policy.N + 1, self.width, ends)
             rows = enumerate(flight.outbox.tolist())
-            return flight.plan, [Reply(row[:-3], *row[-3:], windows.get(slot)) for slot, row in rows]
+            return flight.plan, [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""

@@ -160,7 +160,7 @@ def denoise(
     new, n, why = committed(policy, new, spent & decode, bad, ids.mask)
     n, why = (torch.where(buf.done, 0, v).int() for v in (n, why))
     new = new._replace(done=buf.done | (why != RUNNING))
-    return new, kept, Outbox(new.tok[:, 0], n, new_age, why)
+    return new, kept, Outbox(new.tok[:, 0], n, new_age, why, new.start)
 
 
 def noise(seed: Tensor, pos: Tensor, age: Tensor, vocab: int) -> Tensor:

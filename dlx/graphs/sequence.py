@@ -191,7 +191,7 @@ def denoise(
     want = torch.where(on, policy.turn(After(ahead, whole, age, ids.mask)), memory.want)
     turn = torch.where(whole, 0, memory.turn + on.int())
     why = torch.where(why == RUNNING, torch.where(buf.done, 0, -want), why)
-    return new, Memory(after, memory.held, turn, want, memory.end), Outbox(told, n, age, why)
+    return new, Memory(after, memory.held, turn, want, memory.end), Outbox(told, n, age, why, torch.zeros_like(n))
 
 
 def lowest(what: Scope, s: Tensor, L: int, todo: Tensor) -> Tensor:
