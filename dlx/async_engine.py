@@ -121,14 +121,14 @@ class AsyncEngine:
         status, reason = self.health()
         if status != "ready" or self._thread is None:
             raise EngineError(f"the engine is {status} and takes no requests ({reason})")
-        request = self.engine.request(prompt, params)
+        request = self.engine.request(prompt, params, watch)
         self._admit(request)
         most = self.limits.timeout_s
         end_s = request.arrived_s + (most if timeout_s is None else min(timeout_s, most))
-        ticket = Ticket(request, watch, self.abort)
+        ticket = Ticket(request, self.abort)
         self._tickets[request.id] = ticket
         self._quiet.clear()
-        self._thread.add(Due(request, end_s, request.arrived_s + self.limits.queue_timeout_s), watch)
+        self._thread.add(Due(request, end_s, request.arrived_s + self.limits.queue_timeout_s))
         return ticket
 
     async def generate(self, prompt: list[int], params: SamplingParams, **options: Any) -> AsyncIterator[Chunk]:

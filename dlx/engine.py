@@ -69,15 +69,16 @@ class Engine:
         """Nothing waits, nothing runs, nothing is to be told."""
         return self.scheduler.idle and not self._due
 
-    def request(self, prompt: list[int], params: SamplingParams) -> Request:
+    def request(self, prompt: list[int], params: SamplingParams, watch: bool = False) -> Request:
         """A checked request with a number, for `add`. May be called from any thread.
 
+        watch  it gets a chunk from every launch, with its window
         Raises RequestError  if it can never run
         Raises EngineError   if the engine is broken
         """
         if self.broken:
             raise EngineError(self.broken)
-        request = Request(next(self._ids), prompt, params, time.monotonic())
+        request = Request(next(self._ids), prompt, params, time.monotonic(), watch)
         self.scheduler.check(request)
         return request
 
@@ -86,12 +87,13 @@ class Engine:
         self.scheduler.add(request)
         self._open[request.id] = Telling(request, self.tokenizer.stream(), [])
 
-    def add_all(self, requests: list[tuple[list[int], SamplingParams]]) -> list[int]:
+    def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
 
+        watch  they get a chunk from every launch, with their windows
         Raises RequestError  for one that can never run
         """
-        fresh = [self.request(ids, params) for ids, params in requests]
+        fresh = [self.request(ids, params, watch) for ids, params in requests]
         for request in fresh:
             self.add(request)
         return [request.id for request in fresh]
@@ -104,8 +106,8 @@ class Engine:
         self._stop([slot])
         return chunk
 
-    def step(self, watch: bool = False) -> list[Chunk]:
-        """One turn of the loop; what it committed. With `watch`, chunks also hold the undecided window, one a turn.
+    def step(self) -> list[Chunk]:
+        """One turn of the loop; what it committed, and the windows of those who are watched.
 
         Raises EngineError  if the engine is broken
         """
@@ -120,9 +122,9 @@ class Engine:
             if plan is not None:
                 self._launch(plan)
         except Exception as error:
-            self._read(0, watch)  # what the launches before have finished has not failed
+            self._read(0)  # what the launches before have finished has not failed
             self._fail(error, [*self.scheduler.running.values()] or [*self.scheduler.waiting][:1])
-        self._read(0 if watch or plan is None else self.lag, watch)
+        self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
 
@@ -138,15 +140,15 @@ class Engine:
             self.scheduler.put_back(plan)
             raise
 
-    def _read(self, most: int, watch: bool) -> None:
+    def _read(self, most: int) -> None:
         """Harvest until so many launches are in flight."""
         while self.worker.in_flight > most:
             if self.scheduler.idle:
                 self.worker.discard()
                 break
-            self._harvest(watch and self.worker.in_flight == 1)
+            self._harvest()
 
-    def _harvest(self, watch: bool) -> None:
+    def _harvest(self) -> None:
         try:
             plan, replies = self.worker.harvest()
         except Exception as error:
@@ -157,18 +159,16 @@ class Engine:
             with span("take"):
                 news = {r.id: self._told(r, ids) for r, ids in self.scheduler.take(plan.running, replies)}
                 self._failures = 0
-                if watch:
-                    live = [(slot, r) for slot, r in plan.running.items() if r.finish is None or r.id in news]
-                    news = {r.id: self._watched(news, r, slot) for slot, r in live}
+                for slot, request in plan.running.items():
+                    window = replies[slot].window
+                    if window is not None and request.finish is None:
+                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
+                        news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
             self._due += news.values()
         except BaseException as error:
             self._fail(error, plan.running.values())
             if not isinstance(error, Exception):
                 raise
-
-    def _watched(self, news: dict[int, Chunk], request: Request, slot: int) -> Chunk:
-        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
-        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot, request.tail))
 
     def _told(self, request: Request, ids: list[int]) -> Chunk:
         """The chunk of what was committed; a text that cannot be told fails its request alone."""

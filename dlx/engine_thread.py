@@ -47,21 +47,18 @@ class EngineThread:
         self._commands: list[Callable[[Engine], None]] = []
         self._ending = False
         self._open: dict[int, Due] = {}
-        self._watched: set[int] = set()
         self._next_s = float("inf")  # no request's time is over before
         self._chunks: list[Chunk] = []
         self.thread = threading.Thread(target=self._run, name="dlx-engine", daemon=True)
         self.thread.start()
 
-    def add(self, due: Due, watch: bool) -> None:
+    def add(self, due: Due) -> None:
         """Queue a checked request."""
 
         def add(engine: Engine) -> None:
             engine.add(due.request)
             self._open[due.request.id] = due
             self._next_s = min(self._next_s, due.end_s, due.queue_s)
-            if watch:
-                self._watched.add(due.request.id)
 
         self._send(add)
 
@@ -109,7 +106,7 @@ class EngineThread:
         if self.began_s >= self._next_s:
             self._expire(engine, self.began_s)
         if not engine.idle:
-            self._chunks += engine.step(bool(self._watched))
+            self._chunks += engine.step()
         self.began_s = None
         self._tell_chunks()
         return True
@@ -128,19 +125,12 @@ class EngineThread:
             self._chunks.append(chunk)
 
     def _tell_chunks(self) -> None:
-        chunks, self._chunks = [chunk for chunk in map(self._seen, self._chunks) if chunk is not None], []
+        chunks, self._chunks = self._chunks, []
         for chunk in chunks:
             if chunk.finish is not None:
                 self._open.pop(chunk.id, None)
-                self._watched.discard(chunk.id)
         if chunks:
             self._tell(self._hear, chunks)
-
-    def _seen(self, chunk: Chunk) -> Chunk | None:
-        """What a reader sees of a chunk: who does not watch sees no window."""
-        if chunk.id in self._watched or chunk.finish is not None:
-            return chunk
-        return chunk._replace(window=[], confidence=[], guess=[]) if chunk.token_ids else None
 
     def _tell(self, call: Callable[..., object], *what: object) -> None:
         try:

@@ -110,19 +110,19 @@ class LLM:
         """Answer one prompt piece by piece; the last chunk holds the whole output.
 
         lora   as in `generate`
-        watch  a chunk every forward, with the window's undecided tokens: for live views, as it waits for the device
+        watch  a chunk every launch, with the window's undecided tokens; with Config.watch their confidences too
         """
         engine = self.engine
         many = _as_list(prompt)
         if len(many) != 1:
             raise RequestError(f"a stream answers one prompt, not {len(many)}; use generate, or a stream a prompt")
-        (request,) = engine.add_all([(self._ids(many[0]), _adapted(_as_params(params, 1), lora)[0])])
+        (request,) = engine.add_all([(self._ids(many[0]), _adapted(_as_params(params, 1), lora)[0])], watch)
         inbox = self._streams[request] = deque[Chunk]()
         finished = False
         try:
             while not finished:
                 while not inbox:
-                    self._turn(engine, watch)
+                    self._turn(engine)
                 chunk = inbox.popleft()
                 self._check(chunk)
                 finished = chunk.output is not None
@@ -141,9 +141,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _turn(self, engine: Engine, watch: bool = False) -> list[Chunk]:
+    def _turn(self, engine: Engine) -> list[Chunk]:
         """One step, whoever asks for it; chunks of open streams are kept for them."""
-        chunks = engine.step(watch)
+        chunks = engine.step()
         for chunk in chunks:
             if chunk.id in self._streams:
                 self._streams[chunk.id].append(chunk)

@@ -122,6 +122,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     arrived_s: float
+    watch: bool = False  # its chunks, one a launch, hold its window
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     out: list[int] = field(default_factory=list)  # committed ids, the stop id included
@@ -142,14 +143,20 @@ class Timings(NamedTuple):
     total_s: float
 
 
+class Window(NamedTuple):
+    """What of a watched row is behind what is committed, a position each; without Config.watch its ids alone."""
+
+    ids: list[int]  # masks included
+    confidence: list[float]  # of each id; of its proposal where it is a mask; 0 where nothing was proposed yet
+    guess: list[int]  # the proposal, of the last forward that decided on the position
+
+
 class Chunk(NamedTuple):
     """What one step committed for one request; text and ids leave the stop id out.
 
-    window      with `watch`: the ids after what is committed, masks included; else empty
-    confidence  with `watch`: of each id of the window; of its proposal where it is still masked
-    guess       with `watch`: what is proposed at each position of the window
-    output      on the last chunk: the whole answer
-    error       why the request failed, in one line; its finish is ERROR
+    window, confidence, guess  of a watched request, as Window's; else empty
+    output                     on the last chunk: the whole answer
+    error                      why the request failed, in one line; its finish is ERROR
     """
 
     id: int

@@ -17,10 +17,9 @@ class Ticket:
     newest window. Iteration raises EngineError if the engine fails.
     """
 
-    def __init__(self, request: Request, watch: bool, abort: Callable[[int], None]) -> None:
+    def __init__(self, request: Request, abort: Callable[[int], None]) -> None:
         self.id = request.id
         self.request = request
-        self.watch = watch
         self._abort = abort
         self._inbox: deque[Chunk] = deque()
         self._news = asyncio.Event()
@@ -33,7 +32,7 @@ class Ticket:
 
     def put(self, chunk: Chunk) -> None:
         """Hand a chunk to the reader."""
-        if self.watch and self._inbox:
+        if self.request.watch and self._inbox:
             chunk = _joined(self._inbox.pop(), chunk)
         self._inbox.append(chunk)
         self._ended = chunk.finish is not None

@@ -132,9 +132,9 @@ def patient(two: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """The same; a reader who would wait for ever fails."""
     step, turns = two.engine.step, iter(range(500))
 
-    def counted(watch: bool = False) -> list[Chunk]:
+    def counted() -> list[Chunk]:
         assert next(turns, None) is not None, "500 steps, and no end"
-        return step(watch)
+        return step()
 
     monkeypatch.setattr(two.engine, "step", counted)
     return two
@@ -168,11 +168,11 @@ def test_no_chunk_follows_the_last_one_of_a_request(nano: Path) -> None:
         engine = llm.engine
         engine.lag = 1
         short, _ = engine.add_all(
-            [([5] * 16, SamplingParams(max_nfe=1)), ([5] * 16, SamplingParams(max_tokens=64, max_nfe=40))]
+            [([5] * 16, SamplingParams(max_nfe=1)), ([5] * 16, SamplingParams(max_tokens=64, max_nfe=40))], watch=True
         )
         chunks = engine.step()  # leaves a launch unread
         while not engine.idle:
-            chunks += engine.step(watch=True)
+            chunks += engine.step()
         assert [c.finish is not None for c in chunks if c.id == short] == [True]
 
 
