@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 
 from dlx import weights
+from dlx.answer import Answer
 from dlx.config import Config
 from dlx.errors import EngineError
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
 from dlx.scheduler import Plan, Scheduler
-from dlx.tokenizer import TextStream, Tokenizer
+from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,11 @@ NOT_FINITE = "its logits were not finite"
 FAILURES = 3  # failed steps in a row after which no other is tried
 
 
-class Telling(NamedTuple):
-    """A request whose last chunk is yet to come, and its text so far."""
+class Open(NamedTuple):
+    """A request whose last chunk is yet to come, and its answer so far."""
 
     request: Request
-    stream: TextStream
-    parts: list[str]
+    answer: Answer
 
 
 class Engine:
@@ -55,7 +55,7 @@ class Engine:
         self.cause: Exception | None = None  # of the last failure
         self._failures = 0  # in a row
         self._ids = itertools.count()
-        self._open: dict[int, Telling] = {}
+        self._open: dict[int, Open] = {}
         self.counts: Counter[str] = Counter()  # forwards, prefill_forwards, tokens: of all requests so far
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
@@ -85,7 +85,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue what `request` returned."""
         self.scheduler.add(request)
-        self._open[request.id] = Telling(request, self.tokenizer.stream(), [])
+        self._open[request.id] = Open(request, Answer(self.tokenizer.stream(), request.params.stop))
 
     def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
@@ -183,14 +183,14 @@ class Engine:
 
     def _chunk(self, request: Request, ids: list[int]) -> Chunk:
         shown = ids[:-1] if request.finish is Finish.STOP else ids
-        _, stream, parts = self._open[request.id]
-        text = stream.add(shown)
-        if request.finish is not None:
-            text += stream.flush()
-        parts.append(text)
-        output = self._output(request, "".join(parts)) if request.finish is not None else None
+        piece = self._open[request.id].answer.add(shown, last=request.finish is not None)
+        if piece.stop is not None:  # its row is inert from the next launch on, its pages are free now
+            self._stop([self.scheduler.abort(request.id)])
+            request.finish = Finish.STOP
+            del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
+        output = self._output(request, piece.stop) if request.finish is not None else None
         error = NOT_FINITE if request.finish is Finish.ERROR else None
-        return Chunk(request.id, text, shown, request.finish, [], output, error)
+        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error)
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
@@ -210,8 +210,8 @@ class Engine:
         """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
         slot = self.scheduler.abort(request.id)
         request.finish = finish
-        output = self._output(request, "".join(self._open[request.id].parts))
-        return Chunk(request.id, "", [], finish, [], output, error), slot
+        rest = "" if error else self._open[request.id].answer.add([], last=True).text
+        return Chunk(request.id, rest, [], finish, [], self._output(request), error), slot
 
     def _stop(self, slots: list[int | None]) -> None:
         """Make rows inert; where the device does not do that, it does nothing any more."""
@@ -231,12 +231,12 @@ class Engine:
         for request in (*self.scheduler.running.values(), *self.scheduler.waiting):
             self._due.append(self._end(request, Finish.ERROR, why)[0])
 
-    def _output(self, request: Request, text: str) -> Output:
-        del self._open[request.id]
+    def _output(self, request: Request, stop: str | None = None) -> Output:
+        text = self._open.pop(request.id).answer.text
         now, began = time.monotonic(), request.arrived_s
         assert request.finish is not None
         times = Timings((request.admitted_s or now) - began, (request.first_s or now) - began, now - began)
-        shown = request.out[:-1] if request.finish is Finish.STOP else request.out
+        shown = request.out[:-1] if request.finish is Finish.STOP and stop is None else request.out
         return Output(
             request.id,
             request.prompt,
@@ -247,6 +247,7 @@ class Engine:
             request.nfe,
             request.prefills,
             times,
+            stop,
         )
 
 
