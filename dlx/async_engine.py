@@ -202,7 +202,7 @@ class AsyncEngine:
             replays=0,
             eager_steps=0,
             forwards=counts["forwards"],
-            prefill_forwards=counts["prefill_forwards"],
+            prefill_forwards=0,
             tokens=counts["tokens"],
             finished=dict(self._finished),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -21,8 +22,8 @@ from dlx.config import Config
 from dlx.errors import EngineError
 from dlx.observe import span
 from dlx.pages import PagePool
-from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
-from dlx.scheduler import Plan, Scheduler
+from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings, Window
+from dlx.scheduler import Plan, Reply, Scheduler
 from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
 
@@ -56,7 +57,7 @@ class Engine:
         self._failures = 0  # in a row
         self._ids = itertools.count()
         self._open: dict[int, Open] = {}
-        self.counts: Counter[str] = Counter()  # forwards, prefill_forwards, tokens: of all requests so far
+        self.counts: Counter[str] = Counter()  # tokens, and denoise forwards of each request, so far
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
     def prepare(self) -> None:
@@ -111,8 +112,8 @@ class Engine:
 
         Raises EngineError  if the engine is broken
         """
-        if self.broken and not self._due:
-            raise EngineError(self.broken)
+        if self.broken:
+            return self._rest()
         if self.before_turn is not None:
             self.before_turn()
         plan = None
@@ -125,6 +126,13 @@ class Engine:
             self._read(0)  # what the launches before have finished has not failed
             self._fail(error, [*self.scheduler.running.values()] or [*self.scheduler.waiting][:1])
         self._read(0 if plan is None else self.lag)
+        chunks, self._due = self._due, []
+        return chunks
+
+    def _rest(self) -> list[Chunk]:
+        """What a broken engine has yet to say."""
+        if not self._due:
+            raise EngineError(self.broken)
         chunks, self._due = self._due, []
         return chunks
 
@@ -152,23 +160,29 @@ class Engine:
         try:
             plan, replies = self.worker.harvest()
         except Exception as error:
-            self.worker.discard()
-            self._fail(error, self.scheduler.running.values())
+            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
+            self._fail(error, [*lost, *self.scheduler.running.values()])
             return
         try:
             with span("take"):
-                news = {r.id: self._told(r, ids) for r, ids in self.scheduler.take(plan.running, replies)}
-                self._failures = 0
-                for slot, request in plan.running.items():
-                    window = replies[slot].window
-                    if window is not None and request.finish is None:
-                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
-                        news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
-            self._due += news.values()
+                self._take(plan, replies)
+            self._failures = 0
         except BaseException as error:
             self._fail(error, plan.running.values())
             if not isinstance(error, Exception):
                 raise
+
+    def _take(self, plan: Plan, replies: list[Reply]) -> None:
+        """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
+        forwards = sum(request.nfe for request in plan.running.values())
+        windows = {r.id: replies[slot].window for slot, r in plan.running.items()}
+        for request, ids in self.scheduler.take(plan.running, replies):
+            self._due.append(_seen(self._told(request, ids), windows.pop(request.id)))
+            self.counts["tokens"] += len(ids)
+        for request in plan.running.values():
+            if windows.get(request.id) is not None and request.finish is None:
+                self._due.append(_seen(Chunk(request.id, "", [], None, [], None), windows[request.id]))
+        self.counts["forwards"] += sum(request.nfe for request in plan.running.values()) - forwards
 
     def _told(self, request: Request, ids: list[int]) -> Chunk:
         """The chunk of what was committed; a text that cannot be told fails its request alone."""
@@ -194,15 +208,19 @@ class Engine:
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
-        failed = [request for request in requests if request.id in self._open]
-        log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
-        self.cause = error if isinstance(error, Exception) else None
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if isinstance(error, Exception) and not memory:
-            self._failures += 1
+        failed = list({request.id: request for request in requests if request.id in self._open}.values())
         ended = [self._end(request, Finish.ERROR, _line(error)) for request in failed]
         self._due += [chunk for chunk, _ in ended]
         self._stop([slot for _, slot in ended])
+        if not isinstance(error, Exception):
+            return
+        log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
+        self.cause = error
+        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif not isinstance(error, MemoryError):
+            self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")
 
@@ -249,6 +267,13 @@ class Engine:
             times,
             stop,
         )
+
+
+def _seen(chunk: Chunk, window: Window | None) -> Chunk:
+    """A chunk with the window behind it, unless it is the last."""
+    if window is None or chunk.finish is not None:
+        return chunk
+    return chunk._replace(window=window.ids, confidence=window.confidence, guess=window.guess)
 
 
 def _line(error: BaseException) -> str:

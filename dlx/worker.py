@@ -148,23 +148,27 @@ class Worker:
 
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
-        flight = self._flights.popleft()
+        flight = self._flights[0]  # until it is read: an interrupt loses nothing
         with span("harvest"):
             if flight.landed is not None:
                 flight.landed.synchronize()
             ends, F = self.policy.turn is not None, buffer.FACTS
             windows = watch.unpacked(flight.plan, flight.windows, self.policy.N + 1, self.width, ends)
             rows = enumerate(flight.outbox.tolist())
-            return flight.plan, [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            self._flights.popleft()
+            return flight.plan, replies
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""
         self.sent.halt.fill_(self.epoch)  # the device reads it where it lies, on the host
         self.buf.done[slot].fill_(True)
 
-    def discard(self) -> None:
-        """Forget the launches in flight: their rows are all inert."""
+    def discard(self) -> list[Plan]:
+        """Forget the launches in flight, whose rows are all inert, or lost."""
+        plans = [flight.plan for flight in self._flights]
         self._flights.clear()
+        return plans
 
     @property
     def looped(self) -> bool:
