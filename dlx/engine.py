@@ -10,8 +10,9 @@ from dlx import weights
 from dlx.config import Config
 from dlx.observe import span
 from dlx.pages import PagePool
+from dlx.plan import Plan
 from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
-from dlx.scheduler import Plan, Scheduler
+from dlx.scheduler import Scheduler
 from dlx.tokenizer import TextStream, Tokenizer
 from dlx.worker import Worker
 
@@ -24,10 +25,13 @@ class Engine:
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
-        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters))
         self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
         told = w.policy.turn is not None and len(w.policy.turn.scopes) > 1  # the device tells which scope comes next
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
+        self.scheduler = Scheduler(
+            w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
+            (1 + self.lag) * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
+        )  # fmt: skip
         self._ids = itertools.count()
         self._text: dict[int, tuple[TextStream, list[str]]] = {}
 
@@ -53,6 +57,7 @@ class Engine:
         """Drop a request that has not finished; others go on. Unknown numbers are ignored."""
         if self._text.pop(id, None) is not None:
             slot = self.scheduler.abort(id)
+            self.worker.rows.forget(id)
             if slot is not None:
                 self.worker.stop(slot)
 
@@ -77,7 +82,7 @@ class Engine:
         try:
             self.worker.launch(plan)
         except BaseException:
-            for slot in plan.admit:
+            for slot in (*plan.admit, *plan.resume, *plan.preempt):
                 self.worker.stop(slot)
             self.scheduler.put_back(plan)
             raise
@@ -108,6 +113,7 @@ class Engine:
 
     def _output(self, request: Request, text: str) -> Output:
         del self._text[request.id]
+        self.worker.rows.forget(request.id)
         now, began = time.monotonic(), request.arrived_s
         assert request.finish is not None and request.admitted_s is not None
         times = Timings(request.admitted_s - began, (request.first_s or now) - began, now - began)
@@ -122,4 +128,5 @@ class Engine:
             request.nfe,
             request.prefills,
             times,
+            request.cached,
         )
