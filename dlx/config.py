@@ -47,6 +47,9 @@ class Config(BaseModel):
     max_model_len tokens of prompt and answer; None takes the model's, 4096 at most
     page_size     tokens a K/V page, a multiple of the block length; None takes the first from 16 on
     num_pages     pages in the pool; None takes what max_num_seqs rows need and memory allows
+    prefix_caching  keep the K/V pages of finished prefixes, and find them again
+    max_num_batched_tokens  of prompts that a launch prefills beside what decodes; one stretch of them at least
+    batch_invariant  launches of one shape, whatever runs beside a request: the same tokens alone and in any batch
     forwards      that one launch may run on the device before the host reads what it committed
     unroll        run the forwards of a launch one after the other, so that a profile shows each
     pack          folder of a pack, or of packs, that `dlx pack` wrote: graphs are read from it instead of compiled;
@@ -72,6 +75,17 @@ class Config(BaseModel):
     max_model_len: int | None = Field(default=None, strict=True, ge=1)
     page_size: int | None = Field(default=None, strict=True, ge=1, le=1024)
     num_pages: int | None = Field(default=None, strict=True, ge=1, lt=2**31)
+    prefix_caching: bool = Field(
+        default=True, strict=True, description="keep the K/V pages of finished prefixes, and find them again"
+    )
+    max_num_batched_tokens: int = Field(
+        default=2048, strict=True, ge=1, description="tokens of prompts that a launch prefills beside what decodes"
+    )
+    batch_invariant: bool = Field(
+        default=False,
+        strict=True,
+        description="launches of one shape, whatever runs beside a request: the same tokens alone and in any batch",
+    )
     forwards: int = Field(default=1, strict=True, ge=1, le=4096)
     unroll: bool = Field(default=False, strict=True)
     pack: Path | None = None

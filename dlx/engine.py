@@ -22,8 +22,9 @@ from dlx.config import Config
 from dlx.errors import EngineError
 from dlx.observe import span
 from dlx.pages import PagePool
+from dlx.plan import Plan, Reply
 from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings, Window
-from dlx.scheduler import Plan, Reply, Scheduler
+from dlx.scheduler import Scheduler
 from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
 
@@ -48,10 +49,13 @@ class Engine:
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
-        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters))
         self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
         told = w.policy.turn is not None and len(w.policy.turn.scopes) > 1  # the device tells which scope comes next
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
+        self.scheduler = Scheduler(
+            w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
+            (1 + self.lag) * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
+        )  # fmt: skip
         self.broken = ""  # why no further step is taken
         self.cause: Exception | None = None  # of the last failure
         self._failures = 0  # in a row
@@ -124,7 +128,7 @@ class Engine:
                 self._launch(plan)
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
-            self._fail(error, [*self.scheduler.running.values()] or [*self.scheduler.waiting][:1])
+            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
@@ -140,12 +144,12 @@ class Engine:
         """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
         try:
             self.worker.launch(plan)
-        except Exception:
-            raise
-        except BaseException:
-            for slot in plan.admit:
-                self.worker.stop(slot)
-            self.scheduler.put_back(plan)
+        except BaseException as error:
+            self._stop([*plan.admit, *plan.resume, *plan.preempt])
+            if not isinstance(error, Exception):
+                self.scheduler.put_back(plan)
+            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
+            self._due += [self._end(self._open[id].request, Finish.ERROR, _line(error))[0] for id in lost]
             raise
 
     def _read(self, most: int) -> None:
@@ -199,7 +203,7 @@ class Engine:
         shown = ids[:-1] if request.finish is Finish.STOP else ids
         piece = self._open[request.id].answer.add(shown, last=request.finish is not None)
         if piece.stop is not None:  # its row is inert from the next launch on, its pages are free now
-            self._stop([self.scheduler.abort(request.id)])
+            self._stop([self.scheduler.abort(request.id, Finish.STOP)])
             request.finish = Finish.STOP
             del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
         output = self._output(request, piece.stop) if request.finish is not None else None
@@ -226,8 +230,8 @@ class Engine:
 
     def _end(self, request: Request, finish: Finish, error: str | None = None) -> tuple[Chunk, int | None]:
         """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
-        slot = self.scheduler.abort(request.id)
-        request.finish = finish
+        slot = self.scheduler.abort(request.id, finish)
+        request.finish = finish  # also of one that has ended, and could not be told
         rest = "" if error else self._open[request.id].answer.add([], last=True).text
         return Chunk(request.id, rest, [], finish, [], self._output(request), error), slot
 
@@ -251,6 +255,7 @@ class Engine:
 
     def _output(self, request: Request, stop: str | None = None) -> Output:
         text = self._open.pop(request.id).answer.text
+        self.worker.rows.forget(request.id)
         now, began = time.monotonic(), request.arrived_s
         assert request.finish is not None
         times = Timings((request.admitted_s or now) - began, (request.first_s or now) - began, now - began)
@@ -265,6 +270,7 @@ class Engine:
             request.nfe,
             request.prefills,
             times,
+            request.cached,
             stop,
         )
 

@@ -25,8 +25,9 @@ from dlx.models.card import Card
 from dlx.models.decoder import Decoder
 from dlx.models.gemma.network import DiffusionGemma
 from dlx.observe import marked, span
+from dlx.plan import Plan, Reply
 from dlx.request import STOP_IDS
-from dlx.scheduler import Plan, Reply
+from dlx.rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,14 @@ class Worker:
         own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")
         sizes = geometry(config, self.card, self.L)
         self.max_len = sizes.max_len
-        chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward
         is_canvas = self.policy.canvas is not None
         turn = self.policy.turn
         whole = turn is not None and turn.full
         self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
-        self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk)
+        # a prompt that sees itself whole is one forward, and so is a sequence
+        chunk = sizes.max_len if self.policy.full or turn is not None else min(2048, config.max_num_batched_tokens)
+        self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
         self.net = self._network(raw)
         self.num_pages = config.num_pages or self._pages_that_fit()
         self.kv = tuple(self._pages(G, D) for G, D in self.card.kv)  # own storage each: Inductor copies views
@@ -90,7 +92,8 @@ class Worker:
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width
         self.sent = loop.allocate(B, self.policy.N * self.width, config.forwards, self.device, room)
-        self.epoch = 0  # launches sent
+        self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._sent)
+        self.epoch = self.prefills = 0  # launches sent, forwards of prompts
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
         if config.pack is not None and config.graphs != "off":
@@ -104,6 +107,7 @@ class Worker:
     def launch(self, plan: Plan) -> None:
         """Send one plan to the device: prompts, new rows, one step. Returns before the device is done."""
         with span("launch"), self._there:  # events, captures and Triton take the current device
+            self.rows.leave(plan)
             C, most = self.shapes.C, self.shapes.tokens[-1] // self.shapes.C
             for batch in prefill.batches(plan.prefill, C, most):
                 T = shapes.bucket(self.shapes.tokens, len(batch) * C)
@@ -112,12 +116,10 @@ class Worker:
                 prefill.fill_(self.prompts[T], self._sent(packed))
                 with span("prefill"):
                     self.graphs.replay(key)
-            for slot, row in plan.admit.items():
-                packed = self._sent(buffer.pack(row, self.width, self.shapes.W, STOP_IDS))
-                buffer.admit_(self.buf, slot, packed, self.card.mask_id)
-                if row.ids:
-                    ids = self._sent(torch.tensor(row.ids, dtype=torch.int32))
-                    sequence.admit_(self.sequences, slot, ids, self.card.mask_id)
+                self.prefills += 1
+            self.rows.enter(plan)
+            if not plan.bucket:
+                return
             rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
             key = self._step_graph(rows, plan.scope, C)
             self.epoch += 1
@@ -128,6 +130,8 @@ class Worker:
                 self.graphs.replay(key)
             windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
             self._flights.append(self._read(plan, self._outbox(rows), windows))
+            for id in plan.resume.values():
+                self.rows.forget(id)
 
     @torch.no_grad()
     def prepare(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
