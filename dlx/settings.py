@@ -56,6 +56,16 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         default=None, strict=True, ge=1, lt=2**31,
         description="pages in the pool; else what max_num_seqs rows need and memory allows",
     )  # fmt: skip
+    prefix_caching: bool = Field(
+        default=True, strict=True, description="keep the K/V pages of finished prefixes, and find them again"
+    )
+    max_num_batched_tokens: int = Field(
+        default=2048, strict=True, ge=1, description="tokens of prompts that a launch prefills beside what decodes"
+    )
+    batch_invariant: bool = Field(
+        default=False, strict=True,
+        description="launches of one shape, whatever runs beside a request: the same tokens alone and in any batch",
+    )  # fmt: skip
     forwards: int = Field(
         default=1, strict=True, ge=1, le=4096,
         description="forwards that one launch may run on the device before the host reads what it committed",
@@ -90,6 +100,10 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         default={},
         max_length=64,
         description="name → LoRA adapter, a folder or ORG/NAME, that requests ask for by name",
+    )
+
+    watch: bool = Field(
+        default=False, strict=True, description="keep proposals and confidences of undecided tokens, for whoever watches"
     )
 
     def check(self) -> None:
