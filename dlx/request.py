@@ -23,6 +23,7 @@ class Finish(StrEnum):
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
     ERROR = "error"  # its logits were not finite
     ABORT = "abort"  # the caller dropped it
+    TIMEOUT = "timeout"  # its time was over
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class SamplingParams:
     adapter: str | None = None
     fixed: tuple[tuple[int, int], ...] = ()
     stop: tuple[str, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
 
     def check(self) -> None:
         """Raise RequestError for the first value that is outside its range."""
@@ -159,6 +162,7 @@ class Chunk(NamedTuple):
     finish: Finish | None
     window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
     output: Output | None  # on the last chunk: the whole answer
+    error: str | None = None  # why a request failed
 
 
 class Output(NamedTuple):
