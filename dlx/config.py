@@ -57,6 +57,7 @@ class Config(BaseModel):
     check_weights refuse NaN and infinities, tensor by tensor
     lora          folder of a LoRA adapter (PEFT), or ORG/NAME, merged into the weights as they are read
     adapters      name → folder of a LoRA adapter, or ORG/NAME, that requests may ask for by name
+    watch         keep proposals and confidences of what is undecided, for whoever watches; off, windows have ids alone
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -80,6 +81,7 @@ class Config(BaseModel):
     check_weights: bool = Field(default=False, strict=True)
     lora: Path | None = None
     adapters: dict[str, Path] = Field(default={}, max_length=64)
+    watch: bool = Field(default=False, strict=True)
 
     @staticmethod
     def from_args(

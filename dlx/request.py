@@ -17,11 +17,11 @@ STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at mo
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was committed
+    STOP = "stop"  # a stop id was committed, or a stop string
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
-    ERROR = "error"  # its logits were not finite
+    ERROR = "error"  # its logits were not finite, or a step failed
     ABORT = "abort"  # the caller dropped it
     TIMEOUT = "timeout"  # its time was over
 
@@ -133,6 +133,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     arrived_s: float
+    watch: bool = False  # its chunks, one a launch, hold its window
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     out: list[int] = field(default_factory=list)  # committed ids, the stop id included
@@ -153,16 +154,31 @@ class Timings(NamedTuple):
     total_s: float
 
 
+class Window(NamedTuple):
+    """What of a watched row is behind what is committed, a position each; without Config.watch its ids alone."""
+
+    ids: list[int]  # masks included
+    confidence: list[float]  # of each id; of its proposal where it is a mask; 0 where nothing was proposed yet
+    guess: list[int]  # the proposal, of the last forward that decided on the position
+
+
 class Chunk(NamedTuple):
-    """What one step committed for one request; text and ids leave the stop id out."""
+    """What one step committed for one request; text and ids leave the stop id out.
+
+    window, confidence, guess  of a watched request, as Window's; else empty
+    output                     on the last chunk: the whole answer
+    error                      why the request failed, in one line; its finish is ERROR
+    """
 
     id: int
     text: str
     token_ids: list[int]
     finish: Finish | None
-    window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
-    output: Output | None  # on the last chunk: the whole answer
-    error: str | None = None  # why a request failed
+    window: list[int]
+    output: Output | None
+    error: str | None = None
+    confidence: list[float] = []  # noqa: RUF012
+    guess: list[int] = []  # noqa: RUF012
 
 
 class Output(NamedTuple):

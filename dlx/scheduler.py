@@ -17,7 +17,7 @@ from dlx.graphs.rules.turn import REST
 from dlx.graphs.shapes import Shapes, bucket
 from dlx.models.card import Card
 from dlx.pages import PagePool
-from dlx.request import STOP_IDS, Finish, Request
+from dlx.request import STOP_IDS, Finish, Request, Window
 
 FINISH = {
     buffer.STOP: Finish.STOP,
@@ -46,6 +46,8 @@ class Reply(NamedTuple):
     n: int
     nfe: int
     why: int
+    start: int = 0  # K/V before this position is final
+    window: Window | None = None  # where somebody watches
 
 
 class Scheduler:

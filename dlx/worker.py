@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlx import weights
+from dlx import watch, weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import CapacityError, ConfigError, ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
@@ -38,7 +38,8 @@ class Flight(NamedTuple):
     """A launch whose outbox is on its way to the host."""
 
     plan: Plan
-    outbox: Tensor  # [B, · + 3] int32, an Outbox packed, on the host, pinned where the device is a GPU
+    outbox: Tensor  # [B, · + FACTS] int32, an Outbox packed, on the host, pinned where the device is a GPU
+    windows: Tensor | None  # of watched rows, see watch.py; there too
     landed: torch.cuda.Event | None
 
 
@@ -61,7 +62,7 @@ class Worker:
                 f"mask_token_id={self.ids.mask} is not among the {self.ids.vocab} ids of the tokenizer; "
                 "take config.json and tokenizer.json from the same checkpoint"
             )
-        self.policy = bind(config.policy, self.card, config.block_length)
+        self.policy = replace(bind(config.policy, self.card, config.block_length), watch=config.watch)
         assert self.policy.L is not None
         self.L = self.policy.L
         own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")
@@ -82,8 +83,9 @@ class Worker:
         self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
         E = 0 if turn is not None else E
         self.buf = buffer.allocate(
-            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
-        )
+            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype,
+            self.policy.memory(self.width),
+        )  # fmt: skip
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width
@@ -124,7 +126,8 @@ class Worker:
                 self.sent.epoch.fill_(self.epoch)
             with span("step"):
                 self.graphs.replay(key)
-            self._flights.append(self._read(plan, self._outbox(rows)))
+            windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
+            self._flights.append(self._read(plan, self._outbox(rows), windows))
 
     @torch.no_grad()
     def prepare(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
@@ -149,7 +152,10 @@ class Worker:
         with span("harvest"):
             if flight.landed is not None:
                 flight.landed.synchronize()
-            return flight.plan, [Reply(row[:-3], *row[-3:]) for row in flight.outbox.tolist()]
+            ends, F = self.policy.turn is not None, buffer.FACTS
+            windows = watch.unpacked(flight.plan, flight.windows, self.policy.N + 1, self.width, ends)
+            rows = enumerate(flight.outbox.tolist())
+            return flight.plan, [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""
@@ -167,12 +173,6 @@ class Worker:
 
     def _outbox(self, rows: int) -> Tensor:
         return (self.sent.out if self.looped else self.sent.step)[:rows]
-
-    def window(self, slot: int, given: int) -> list[int]:
-        """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
-        n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
-        end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
-        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
 
     def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
         kind, config = family(self.card.arch), self.config
@@ -225,14 +225,13 @@ class Worker:
             return packed
         return packed.pin_memory().to(self.device, non_blocking=True)
 
-    def _read(self, plan: Plan, out: Tensor) -> Flight:
+    def _read(self, plan: Plan, out: Tensor, windows: Tensor | None) -> Flight:
         if self.device.type == "cpu":
-            return Flight(plan, out.clone(), None)
-        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        host.copy_(out, non_blocking=True)
+            return Flight(plan, out.clone(), windows, None)
         landed = torch.cuda.Event()
+        flight = Flight(plan, _landing(out), None if windows is None else _landing(windows), landed)
         landed.record()
-        return Flight(plan, host, landed)
+        return flight
 
     def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""
@@ -287,3 +286,10 @@ class Worker:
             finally:
                 self.buf.done.copy_(done)
         return key
+
+
+def _landing(x: Tensor) -> Tensor:
+    """Pinned memory on the host that x is on its way to."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    return host
