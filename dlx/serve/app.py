@@ -21,7 +21,7 @@ from dlx.errors import RequestError
 from dlx.serve.admission import RETRY_S, Admission
 from dlx.serve.asks import Desk, name_of, to_fault
 from dlx.serve.calls import Choices
-from dlx.serve.faults import Fault
+from dlx.serve.faults import Fault, fault_of
 from dlx.serve.metrics import Metrics
 from dlx.serve.openapi import described
 from dlx.serve.options import Options
@@ -59,8 +59,8 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
     app = FastAPI(title="dlx", version=dlx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi = partial(described, app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _unrouted)
-    app.add_exception_handler(Fault, partial(_refused, metrics))
-    app.add_exception_handler(RequestError, partial(_refused, metrics))
+    for kind in (Fault, RequestError, Exception):  # the last is raised on, and logged by the admission
+        app.add_exception_handler(kind, partial(_refused, metrics))
 
     def served(model: str | None) -> tuple[str, str | None]:
         """The name that a request used for the model, and its adapter. Raises Fault 404."""
@@ -181,7 +181,6 @@ async def _unrouted(_: Request, error: Exception) -> Response:
 
 
 async def _refused(metrics: Metrics, _: Request, error: Exception) -> Response:
-    fault = error if isinstance(error, Fault) else to_fault(error) if isinstance(error, RequestError) else None
-    assert fault is not None
+    fault = to_fault(error) if isinstance(error, RequestError) else fault_of(error)
     metrics.ended("rejected" if fault.status < 500 else "failed", fault.code)
     return fault.response()

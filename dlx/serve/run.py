@@ -14,7 +14,6 @@ import uvicorn
 
 from dlx.async_engine import AsyncEngine
 from dlx.config import Config
-from dlx.errors import DlxError
 from dlx.health import Limits
 from dlx.serve.app import application, named
 from dlx.serve.options import Options
@@ -111,7 +110,9 @@ class Front:
         """Return once the engine has been unhealthy for so long that those who probe have seen it."""
         while self._engine.health().status != "unhealthy":
             await asyncio.sleep(LOOK_S)
-        log.error("the engine is unhealthy: %s; exit in %g s", self._engine.health().reason, self._options.unhealthy_exit_s)
+        log.error(
+            "the engine is unhealthy: %s; exit in %g s", self._engine.health().reason, self._options.unhealthy_exit_s
+        )
         await asyncio.sleep(self._options.unhealthy_exit_s)
         self.code = 1
 
@@ -155,12 +156,9 @@ def serve(config: Config, options: Options, told: Callable[[str], object] = log.
         loop.add_signal_handler(signal.SIGINT, front.drain, 128 + signal.SIGINT)
         return await front.run(sock, told)
 
-    try:
-        with sock:
-            code = asyncio.run(run())
-    except DlxError:
-        raise
+    with sock:
+        code = asyncio.run(run())
     if front.hung:  # its thread cannot be ended: no clean-up can be waited for
         logging.shutdown()
-        os._exit(code or 1)
+        os._exit(code)
     return code
