@@ -17,7 +17,7 @@ STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at mo
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was committed
+    STOP = "stop"  # a stop id was committed, or a stop string
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row

@@ -103,7 +103,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
     )
 
     watch: bool = Field(
-        default=False, strict=True, description="keep proposals and confidences of undecided tokens, for whoever watches"
+        default=False, strict=True, description="keep proposals and confidences of undecided tokens for whoever watches"
     )
 
     def check(self) -> None:
