@@ -14,24 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlx import weights
+from dlx import memory, network, weights
 from dlx.config import Config, bind, geometry
-from dlx.errors import CapacityError, ConfigError, ModelError
+from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
-from dlx.models import family
 from dlx.models.card import Card
-from dlx.models.decoder import Decoder
 from dlx.models.gemma.network import DiffusionGemma
 from dlx.observe import marked, span
 from dlx.request import STOP_IDS
 from dlx.scheduler import Plan, Reply
 
 log = logging.getLogger(__name__)
-
-CPU_PAGES_BYTES = 1 << 30  # what K/V pages may take on a CPU by default
-GPU_PAGES_SHARE = 0.85  # of the memory left after the weights
 
 
 class Flight(NamedTuple):
@@ -74,9 +69,7 @@ class Worker:
         self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk)
-        self.net = self._network(raw)
-        self.num_pages = config.num_pages or self._pages_that_fit()
-        self.kv = tuple(self._pages(G, D) for G, D in self.card.kv)  # own storage each: Inductor copies views
+        self.net = network.load(config, self.card, raw, self.device)
         B, W = config.max_num_seqs, self.shapes.W
         E = self.card.hidden if self.card.shift else 0
         self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
@@ -91,6 +84,9 @@ class Worker:
         self.epoch = 0  # launches sent
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
+        pages = self.card.kv, self.shapes.S, config.torch_dtype, self.device
+        self.num_pages = config.num_pages or memory.pages_that_fit(*pages, most=B * W)
+        self.kv = memory.pool(self.card.kv, self.num_pages, *pages[1:])
         if config.pack is not None and config.graphs != "off":
             from dlx import pack
 
@@ -174,52 +170,6 @@ class Worker:
         end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
         return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
 
-    def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
-        kind, config = family(self.card.arch), self.config
-        places = kind.places(self.card)
-        if config.lora is not None and raw.get("quantization_config") is not None:
-            raise ModelError(
-                f"{config.model} is in fp8 already: merge lora={str(config.lora)!r} into what it was made of"
-            )
-        if config.quantization is not None and self.card.gemma is not None:
-            raise ConfigError(f"quantization={config.quantization!r} is not there for {self.card.family}; leave it out")
-        deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
-        if config.adapters and self.card.gemma is not None:
-            raise ConfigError(
-                f"adapters={list(config.adapters)} cannot be kept apart in {self.card.family}; merge one: lora=FOLDER"
-            )
-        adapters = [weights.Adapter.open(path, places) for path in config.adapters.values()]
-        net = kind.build(self.card, self.device, config.torch_dtype)
-        params = dict(net.named_parameters())
-        try:
-            if config.load_format == "dummy":
-                weights.random(params, config.seed)
-            else:
-                where, stacked, skipped = weights.layout(raw, places, params), kind.stacked(self.card), kind.skipped
-                weights.load(config.model, where, params, stacked, skipped, deltas=deltas, finite=config.check_weights)
-            weights.install(net, adapters, places)
-        except BaseException:
-            weights.release(params)
-            raise
-        return net
-
-    def _pages_that_fit(self) -> int:
-        each = shapes.page_bytes(self.card.kv, self.shapes.S, self.config.torch_dtype.itemsize)
-        room = CPU_PAGES_BYTES
-        if self.device.type == "cuda":
-            room = int(torch.cuda.mem_get_info(self.device)[0] * GPU_PAGES_SHARE)
-        fit = min(self.config.max_num_seqs * self.shapes.W, room // each)
-        if fit < 1:
-            raise CapacityError(f"no K/V page of {each} bytes fits into {room} bytes; use a smaller model or page_size")
-        return fit
-
-    def _pages(self, G: int, D: int) -> Tensor:
-        shape = (2, self.num_pages, self.shapes.S, G, D)
-        try:
-            return torch.zeros(shape, dtype=self.config.torch_dtype, device=self.device)
-        except RuntimeError as error:
-            raise CapacityError(f"num_pages={self.num_pages} pages of K/V do not fit into memory; use fewer") from error
-
     def _sent(self, packed: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return packed
@@ -268,14 +218,14 @@ class Worker:
             view, sent = buffer.rows(self.buf, B), loop.rows(self.sent, B)
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, sent.step)
             if isinstance(self.net, DiffusionGemma):
-                memory = canvas.rows(self.memory, B)
-                step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, memory, self.kv, sent.step)
+                soft = canvas.rows(self.memory, B)
+                step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, soft, self.kv, sent.step)
             busy = partial(loop.running, view)
             if self.policy.turn is not None:
-                memory = sequence.rows(self.sequences, B)
-                busy = partial(sequence.busy, memory, view, scope)
+                whole = sequence.rows(self.sequences, B)
+                busy = partial(sequence.busy, whole, view, scope)
                 facts = self.policy, scope, C, self.ids
-                step = partial(sequence.sequence_, *facts, self.net, view, memory, self.kv, sent.step)
+                step = partial(sequence.sequence_, *facts, self.net, view, whole, self.kv, sent.step)
             step = marked(step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
