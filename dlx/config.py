@@ -19,6 +19,13 @@ from dlx.weights.hub import fetched
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 Dtype = Literal["float32", "bfloat16"]
+KvDtype = Literal["bf16", "fp8", "fp8_e4m3", "fp8_e5m2"]
+KV_DTYPES: dict[KvDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class Environment(NamedTuple):
@@ -47,6 +54,8 @@ class Config(BaseModel):
     max_model_len tokens of prompt and answer; None takes the model's, 4096 at most
     page_size     tokens a K/V page, a multiple of the block length; None takes the first from 16 on
     num_pages     pages in the pool; None takes what max_num_seqs rows need and memory allows
+    kv_cache_dtype          of K/V pages: bf16, fp8 (fp8_e4m3) or fp8_e5m2; None takes the model's
+    gpu_memory_utilization  share of a GPU's memory that weights, pages, activations and graphs may take together
     forwards      that one launch may run on the device before the host reads what it committed
     unroll        run the forwards of a launch one after the other, so that a profile shows each
     pack          folder of a pack, or of packs, that `dlx pack` wrote: graphs are read from it instead of compiled;
@@ -71,6 +80,15 @@ class Config(BaseModel):
     max_model_len: int | None = Field(default=None, strict=True, ge=1)
     page_size: int | None = Field(default=None, strict=True, ge=1, le=1024)
     num_pages: int | None = Field(default=None, strict=True, ge=1, lt=2**31)
+    kv_cache_dtype: KvDtype | None = Field(
+        default=None, description="dtype of K/V pages; fp8 is fp8_e4m3; None takes the model's dtype"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that weights, K/V pages, activations and graphs may take together",
+    )
     forwards: int = Field(default=1, strict=True, ge=1, le=4096)
     unroll: bool = Field(default=False, strict=True)
     pack: Path | None = None
@@ -121,6 +139,18 @@ class Config(BaseModel):
             raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
+        if self.kv_cache_dtype == "bf16" and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"kv_cache_dtype='bf16' does not go with dtype={self.dtype!r}; use fp8_e4m3 or fp8_e5m2, "
+                "or dtype='bfloat16'"
+            )
+        if kind == "cuda" and self.kv_dtype == torch.float8_e4m3fn:
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if (major, minor) < (8, 9):
+                raise ConfigError(
+                    f"kv_cache_dtype={self.kv_cache_dtype!r} needs a GPU of sm_89 or above, and {self.device} is "
+                    f"sm_{major}{minor}; use kv_cache_dtype='fp8_e5m2'"
+                )
         if "" in self.adapters:
             raise ConfigError("adapters has an empty name; give each a name that requests can ask for")
         if self.lora is not None and self.load_format == "dummy":
@@ -142,8 +172,14 @@ class Config(BaseModel):
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of K/V pages."""
+        return self.torch_dtype if self.kv_cache_dtype is None else KV_DTYPES[self.kv_cache_dtype]
+
 
 assert set(get_args(Mode)) == set(MODES)
+assert set(get_args(KvDtype)) == set(KV_DTYPES)
 
 
 class Geometry(NamedTuple):

@@ -135,6 +135,7 @@ def key(worker: Worker) -> Key:
         "max_num_seqs": config.max_num_seqs,
         "forwards": config.forwards,
         "adapters": sorted({f"{n.split('.', 2)[2]} {tuple(x.shape)}" for n, x in adapted}),
+        "kv_dtype": str(config.kv_dtype),
         "pages": {"num_pages": worker.num_pages, "page_size": shapes.S, "of a row": shapes.W},
     }
     return json.loads(json.dumps(facts))

@@ -22,6 +22,7 @@ from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
 from dlx.models.card import Card
 from dlx.models.gemma.network import DiffusionGemma
+from dlx.models.scales import scale_
 from dlx.observe import marked, span
 from dlx.request import STOP_IDS
 from dlx.scheduler import Plan, Reply
@@ -84,9 +85,10 @@ class Worker:
         self.epoch = 0  # launches sent
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
-        pages = self.card.kv, self.shapes.S, config.torch_dtype, self.device
+        pages = self.card.kv, self.shapes.S, config.kv_dtype, self.device
         self.num_pages = config.num_pages or memory.pages_that_fit(*pages, most=B * W)
         self.kv = memory.pool(self.card.kv, self.num_pages, *pages[1:])
+        scale_(self.net, self.num_pages, config.kv_dtype)
         if config.pack is not None and config.graphs != "off":
             from dlx import pack
 
