@@ -74,10 +74,10 @@ def make(config: Config, out: Path, rows: Sequence[int] = (), tokens: Sequence[i
     read_config(config.model)  # first, for the plainer word on a folder that is not there
     named = config.load_format != "dummy" or (config.model / FILE).is_file()
     vocab = Tokenizer.load(config.model).size if named else None
-    worker = Worker(config.model_copy(update={"pack": None}), vocab)
-    buckets = {"rows": chosen(rows, worker.shapes.rows), "tokens": chosen(tokens, worker.shapes.tokens)}
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dlx-pack-", ignore_cleanup_errors=True) as folder, empty(Path(folder)):
+        worker = Worker(config.model_copy(update={"pack": None}), vocab)  # to size its pages it may run kernels
+        buckets = {"rows": chosen(rows, worker.shapes.rows), "tokens": chosen(tokens, worker.shapes.tokens)}
+        began = time.monotonic()
         worker.prepare(**buckets)
         took_s = time.monotonic() - began
         files = collected(Path(folder), objects=worker.device.type == "cpu")

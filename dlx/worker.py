@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -70,7 +70,59 @@ class Worker:
         self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk)
+        self._flights: deque[Flight] = deque()
+        self.kv: tuple[Tensor, ...] = ()
         self.net = network.load(config, self.card, raw, self.device)
+        try:
+            self._allocate()
+            if config.pack is not None and config.graphs != "off":
+                from dlx import pack
+
+                pack.load(config.pack, self)
+        except BaseException:
+            self.release()
+            raise
+
+    def _allocate(self) -> None:
+        """Everything beside the weights: the rows' tensors, K/V pages, no graphs yet."""
+        config, turn = self.config, self.policy.turn
+        advice = "use fewer num_pages, kv_cache_dtype='fp8', fewer max_num_seqs or a smaller max_model_len"
+        each = shapes.page_bytes(self.card.kv, self.shapes.S, config.kv_dtype.itemsize)
+        with memory.enough("the rows of a step do not fit into memory", None, self.device, advice):
+            self._allocate_rows()
+            most, graphs = config.max_num_seqs * self.shapes.W, 0
+            if config.graphs == "capture":
+                scopes = 1 if turn is None else len(turn.scopes)
+                graphs = scopes * len(self.shapes.rows) + len(self.shapes.tokens)
+            self.num_pages = config.num_pages or memory.pages(
+                self.device, each, most, self.shapes.W, config.gpu_memory_utilization, graphs, self._rehearse
+            )
+        what = f"num_pages={self.num_pages} pages of K/V do not fit into memory"
+        with memory.enough(what, self.num_pages * each, self.device, advice):
+            self._take(self.num_pages)
+        log.info("%d K/V pages of %d tokens, %s", self.num_pages, self.shapes.S, memory.gib(self.num_pages * each))
+        self.graphs = Graphs(config.graphs, self.device)
+
+    def _take(self, pages: int) -> None:
+        """Have so many K/V pages, and no others."""
+        self.kv = ()
+        self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
+        scale_(self.net, pages, self.config.kv_dtype)
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """Run the largest forwards once, eagerly, of nothing: every row is inert, and the pages are a few."""
+        with self._there:
+            self._take(memory.FEW)
+            T, B = self.shapes.tokens[-1], self.config.max_num_seqs
+            if self.policy.turn is None:
+                prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
+            for scope, C in self._scopes((T,)):
+                self._step(B, scope, C)[0]()
+            self.kv = ()
+
+    def _allocate_rows(self) -> None:
+        config, turn, is_canvas = self.config, self.policy.turn, self.policy.canvas is not None
         B, W = config.max_num_seqs, self.shapes.W
         E = self.card.hidden if self.card.shift else 0
         self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
@@ -85,16 +137,10 @@ class Worker:
         self.epoch = 0  # launches sent
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
-        pages = self.card.kv, self.shapes.S, config.kv_dtype, self.device
-        self.num_pages = config.num_pages or memory.pages_that_fit(*pages, most=B * W)
-        self.kv = memory.pool(self.card.kv, self.num_pages, *pages[1:])
-        scale_(self.net, self.num_pages, config.kv_dtype)
-        if config.pack is not None and config.graphs != "off":
-            from dlx import pack
 
-            pack.load(config.pack, self)
-        self.graphs = Graphs(config.graphs, self.device)
-        self._flights: deque[Flight] = deque()
+    def release(self) -> None:
+        """Give weights and pages back; there is no launch after it."""
+        memory.release((*self.net.parameters(), *self.kv))
 
     @torch.no_grad()
     def launch(self, plan: Plan) -> None:
@@ -217,21 +263,12 @@ class Worker:
         if key not in self.graphs:
             done = self.buf.done.clone()
             self.buf.done.fill_(True)
-            view, sent = buffer.rows(self.buf, B), loop.rows(self.sent, B)
-            step = partial(step_, self.policy, self.ids, self.net, view, self.kv, sent.step)
-            if isinstance(self.net, DiffusionGemma):
-                soft = canvas.rows(self.memory, B)
-                step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, soft, self.kv, sent.step)
-            busy = partial(loop.running, view)
-            if self.policy.turn is not None:
-                whole = sequence.rows(self.sequences, B)
-                busy = partial(sequence.busy, whole, view, scope)
-                facts = self.policy, scope, C, self.ids
-                step = partial(sequence.sequence_, *facts, self.net, view, whole, self.kv, sent.step)
+            step, busy = self._step(B, scope, C)
+            sent = loop.rows(self.sent, B)
             step = marked(step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
-                    begin = partial(loop.begin_, sent, view, busy)
+                    begin = partial(loop.begin_, sent, buffer.rows(self.buf, B), busy)
                     turn = partial(loop.turn_, step, busy, sent)
                     self.graphs.add_loop(key, begin, turn, sent, self.config.unroll)
                 else:
@@ -239,3 +276,18 @@ class Worker:
             finally:
                 self.buf.done.copy_(done)
         return key
+
+    def _step(self, B: int, scope: int, C: int) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+        """One forward of the first B rows, and who of them takes part in it."""
+        view, out = buffer.rows(self.buf, B), loop.rows(self.sent, B).step
+        if self.policy.turn is not None:
+            whole = sequence.rows(self.sequences, B)
+            facts = self.policy, scope, C, self.ids
+            step = partial(sequence.sequence_, *facts, self.net, view, whole, self.kv, out)
+            return step, partial(sequence.busy, whole, view, scope)
+        if isinstance(self.net, DiffusionGemma):
+            soft = canvas.rows(self.memory, B)
+            step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, soft, self.kv, out)
+        else:
+            step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
+        return step, partial(loop.running, view)
