@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from dlx.errors import CapacityError
+from dlx.graphs.capture import short
 
 log = logging.getLogger(__name__)
 
@@ -135,28 +136,13 @@ def pool(
     heads: Iterable[tuple[int, int]], pages: int, S: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Zeroed pages, [2, pages, S, G, D] a layer with a storage of its own: Inductor copies views that share one."""
-    made: list[Tensor] = []
-    try:
-        made += (torch.zeros((2, pages, S, G, D), dtype=dtype, device=device) for G, D in heads)
-    except BaseException:
-        release(made)
-        raise
-    return tuple(made)
+    return tuple(torch.zeros((2, pages, S, G, D), dtype=dtype, device=device) for G, D in heads)
 
 
 def release(tensors: Iterable[Tensor]) -> None:
     """Give the memory of tensors back, whoever still holds them: an error's traceback does."""
     for tensor in tensors:
         tensor.untyped_storage().resize_(0)
-
-
-def short(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out, or came of one that does."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

@@ -246,6 +246,7 @@ class Worker:
         fixed = 0 if self.policy.turn is None else self.policy.turn.scopes[scope].width(self.L)
         C = fixed if self.policy.turn is None or fixed else shapes.bucket(self.shapes.tokens, reach)
         made = [B for B in self.shapes.rows if bucket <= B and self._key(B, scope, C) in self.graphs]
+        made = [B for B in made if self._key(B, scope, C) not in self.graphs.dropped] or made
         return bucket if self.config.graphs == "off" or not made else made[0], C
 
     def _key(self, B: int, scope: int, C: int) -> tuple[str | int, ...]:
