@@ -6,10 +6,9 @@ whose mask is full: no model anyone would use, but its confidences are a trained
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from dlx import LLM, SamplingParams
 from dlx.graphs.policies import POLICIES
-from dlx.models import MODELS
-from dlx.models.families import FAMILIES
 from tests import sequences
 from tests.checkpoints import STOP
 from tests.graphs.test_strategies import EDITING, Trail, differ, trail, trimmed
@@ -35,7 +32,6 @@ from tests.strategies import STRATEGIES, decode
 log = logging.getLogger(__name__)
 
 L = 16
-FULL = "AllToAllForCausalLM"
 PROMPTS = 50
 MIX = {"story": 2.0, "rgsm": 1.0, "arith": 1.0, "sort": 1.0, "reverse": 1.0, "json": 1.0, "units": 1.0, "code": 1.0}
 MOST = 36  # tokens of an answer, over three blocks or four; some are cut
@@ -82,21 +78,10 @@ class Seen(Qwen3):
             return self.net(torch.tensor([ids]), attention_mask=bias, logits_to_keep=torch.tensor(rows)).logits[0]
 
 
-@pytest.fixture(scope="module")
-def copied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled weights under an architecture of our own."""
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("bundled") / "full")
-    facts = json.loads((tiny / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(facts | {"architectures": [FULL]}))
-    return folder
-
-
 @pytest.fixture
-def all_to_all(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That architecture as a family trained all-to-all."""
-    monkeypatch.setitem(FAMILIES, FULL, FAMILIES["SDARForCausalLM"]._replace(full=True, policy="fast_dllm_v1"))
-    monkeypatch.setitem(MODELS, FULL, MODELS["SDARForCausalLM"])
-    return copied
+def full(tiny: Path, tmp_path: Path, all_to_all: Callable[[Path], Path]) -> Path:
+    """The bundled weights as a family trained all-to-all."""
+    return all_to_all(Path(shutil.copytree(tiny, tmp_path / "full")))
 
 
 def opened(folder: Path, name: str) -> LLM:
@@ -196,16 +181,16 @@ def test_every_policy_that_denoises_masks_has_a_loop_of_its_own() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
-def test_a_policy_decodes_fifty_held_out_prompts_like_its_loop(name: str, tiny: Path, all_to_all: Path) -> None:
-    count = hold(name, tiny, all_to_all, PROMPTS)
+def test_a_policy_decodes_fifty_held_out_prompts_like_its_loop(name: str, tiny: Path, full: Path) -> None:
+    count = hold(name, tiny, full, PROMPTS)
     log.warning("%s: %d forwards, %d tokens, %d of %d prompts excused", name, *count, PROMPTS)
     assert count.excused <= PROMPTS / 20
     assert count.forwards > 3 * PROMPTS
 
 
 @pytest.mark.parametrize("name", ["dmax", "fast_dllm_v2", "multi_bd", "d2f", "fast_dllm_v1", "entropy"])
-def test_a_policy_decodes_some_held_out_prompts_like_its_loop(name: str, tiny: Path, all_to_all: Path) -> None:
-    assert hold(name, tiny, all_to_all, 2).excused == 0
+def test_a_policy_decodes_some_held_out_prompts_like_its_loop(name: str, tiny: Path, full: Path) -> None:
+    assert hold(name, tiny, full, 2).excused == 0
 
 
 def unlike(name: str, wrong: str, tiny: Path, some: Sequence[list[int]]) -> int:
