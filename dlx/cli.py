@@ -23,6 +23,7 @@ import dlx
 from dlx import commands
 from dlx.doctor import examine, installed, settle
 from dlx.errors import CapacityError, ConfigError, DlxError, ModelError, PolicyError, RequestError
+from dlx.harness import command as harness
 from dlx.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ app = App(
 )
 app.command(commands.convert)
 app.command(commands.models)
+app.command(harness.evaluate, name="eval")
 
 
 @Parameter(name="*")
