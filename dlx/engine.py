@@ -90,7 +90,7 @@ class Engine:
             for slot, request in plan.running.items():
                 window = replies[slot].window
                 if window is not None and request.finish is None:
-                    chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
+                    chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None, nfe=request.nfe)
                     news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
             return list(news.values())
 
@@ -102,7 +102,7 @@ class Engine:
             text += stream.flush()
         parts.append(text)
         output = self._output(request, "".join(parts)) if request.finish is not None else None
-        return Chunk(request.id, text, shown, request.finish, [], output)
+        return Chunk(request.id, text, shown, request.finish, [], output, nfe=request.nfe)
 
     def _output(self, request: Request, text: str) -> Output:
         del self._text[request.id]

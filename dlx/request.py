@@ -162,6 +162,7 @@ class Chunk(NamedTuple):
     error: str | None = None  # why the request failed, in one line
     confidence: list[float] = []  # noqa: RUF012  as Window's, never written to
     guess: list[int] = []  # noqa: RUF012
+    nfe: int = 0  # the request's denoise forwards so far
 
 
 class Output(NamedTuple):
