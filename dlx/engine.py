@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 
 from dlx import weights
+from dlx.answer import Answer
 from dlx.config import Config
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
 from dlx.scheduler import Plan, Scheduler
-from dlx.tokenizer import TextStream, Tokenizer
+from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
 
 
@@ -29,7 +30,7 @@ class Engine:
         told = w.policy.turn is not None and len(w.policy.turn.scopes) > 1  # the device tells which scope comes next
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
         self._ids = itertools.count()
-        self._text: dict[int, tuple[TextStream, list[str]]] = {}
+        self._answers: dict[int, Answer] = {}
 
     @property
     def idle(self) -> bool:
@@ -47,12 +48,12 @@ class Engine:
             self.scheduler.check(request)
         for request in fresh:
             self.scheduler.add(request)
-            self._text[request.id] = (self.tokenizer.stream(), [])
+            self._answers[request.id] = Answer(self.tokenizer.stream(), request.params.stop)
         return [request.id for request in fresh]
 
     def abort(self, id: int) -> None:
         """Drop a request that has not finished; others go on. Unknown numbers are ignored."""
-        if self._text.pop(id, None) is not None:
+        if self._answers.pop(id, None) is not None:
             slot = self.scheduler.abort(id)
             if slot is not None:
                 self.worker.stop(slot)
@@ -96,20 +97,26 @@ class Engine:
 
     def _chunk(self, request: Request, ids: list[int]) -> Chunk:
         shown = ids[:-1] if request.finish is Finish.STOP else ids
-        stream, parts = self._text[request.id]
-        text = stream.add(shown)
-        if request.finish is not None:
-            text += stream.flush()
-        parts.append(text)
-        output = self._output(request, "".join(parts)) if request.finish is not None else None
-        return Chunk(request.id, text, shown, request.finish, [], output, nfe=request.nfe)
+        piece = self._answers[request.id].add(shown, last=request.finish is not None)
+        if piece.stop is not None:
+            self._stop(request, len(ids) - len(piece.ids))
+        output = self._output(request, piece.stop) if request.finish is not None else None
+        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, nfe=request.nfe)
 
-    def _output(self, request: Request, text: str) -> Output:
-        del self._text[request.id]
+    def _stop(self, request: Request, beyond: int) -> None:
+        """End a request at a stop string: its row is inert from the next launch on, its pages are free now."""
+        slot = self.scheduler.abort(request.id)
+        if slot is not None:
+            self.worker.stop(slot)
+        request.finish = Finish.STOP
+        del request.out[len(request.out) - beyond :]
+
+    def _output(self, request: Request, stop: str | None) -> Output:
+        text = self._answers.pop(request.id).text
         now, began = time.monotonic(), request.arrived_s
         assert request.finish is not None and request.admitted_s is not None
         times = Timings(request.admitted_s - began, (request.first_s or now) - began, now - began)
-        shown = request.out[:-1] if request.finish is Finish.STOP else request.out
+        shown = request.out[:-1] if request.finish is Finish.STOP and stop is None else request.out
         return Output(
             request.id,
             request.prompt,
@@ -120,4 +127,5 @@ class Engine:
             request.nfe,
             request.prefills,
             times,
+            stop,
         )

@@ -11,6 +11,7 @@ from dlx.errors import RequestError
 
 COLDEST = 1e-4  # below, logits ÷ temperature may overflow
 STOP_IDS = 8  # stop ids one row of the Block Buffer holds
+STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at most
 
 
 class Finish(StrEnum):
@@ -22,6 +23,7 @@ class Finish(StrEnum):
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
     ERROR = "error"  # its logits were not finite
     ABORT = "abort"  # the caller dropped it
+    TIMEOUT = "timeout"  # its time was over
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class SamplingParams:
     max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard
     ignore_eos      bool    go on past stop ids
     stop_token_ids  ids that end the answer, besides the model's own
+    stop            strings that end the answer, each cut from its text; at most 4, of 1 to 256 characters
     fixed           (offset in the answer, id) of tokens that are known beforehand and stay: a gap is what is between
                     the prompt and them. For policies that compute whole sequences: fast_dllm_v1, low_confidence, …
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
@@ -66,6 +69,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
     fixed: tuple[tuple[int, int], ...] = ()
+    stop: tuple[str, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
 
     def check(self) -> None:
         """Raise RequestError for the first value that is outside its range."""
@@ -93,6 +99,12 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r} is not allowed; pass a tuple of ids")
         for stop in self.stop_token_ids:
             _integer("stop_token_ids", stop, 0, 2**31 - 1)
+        if not isinstance(self.stop, tuple | list) or len(self.stop) > STOPS:
+            raise RequestError(f"stop={self.stop!r} is not allowed; pass a tuple of at most {STOPS} strings")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= STOP_CHARS:
+                given = f"one of {len(text)} characters" if isinstance(text, str) else repr(text)
+                raise RequestError(f"stop has {given}; pass strings of 1 to {STOP_CHARS} characters")
         if not isinstance(self.fixed, tuple) or any(not isinstance(p, tuple) or len(p) != 2 for p in self.fixed):
             raise RequestError(f"fixed={self.fixed!r} is not allowed; pass a tuple of pairs (offset in the answer, id)")
         for at, tok in self.fixed:
@@ -181,6 +193,7 @@ class Output(NamedTuple):
     nfe: int
     prefill_forwards: int
     timings: Timings
+    stop: str | None = None  # the stop string that ended it
 
     @property
     def tokens_per_forward(self) -> float:
