@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dlx.config import Config
-from dlx.engine import Engine
+from dlx.engine import NOT_FINITE, Engine
 from dlx.errors import EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.models.card import Card
-from dlx.request import Chunk, Output, SamplingParams
+from dlx.request import Chunk, Finish, Output, SamplingParams
 from dlx.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -80,6 +80,7 @@ class LLM:
         params   one for all, or one a prompt
         lora     name of an adapter that the LLM was built with, for all or one a prompt; None leaves it to `params`
         Raises RequestError  before anything runs, if any prompt or its parameters are not allowed
+        Raises EngineError   if a step fails; what else was asked for in this call is dropped
         """
         many = _as_list(prompts)
         each = _adapted(_as_params(params, len(many)), lora)
@@ -94,6 +95,7 @@ class LLM:
                 while left:
                     for chunk in self._turn(engine):
                         if chunk.output is not None and chunk.id in done:
+                            self._check(chunk)
                             done[chunk.id] = chunk.output
                             left -= 1
                             bar.advance(task)
@@ -122,6 +124,7 @@ class LLM:
                 while not inbox:
                     self._turn(engine)
                 chunk = inbox.popleft()
+                self._check(chunk)
                 finished = chunk.output is not None
                 yield chunk
         finally:
@@ -145,6 +148,11 @@ class LLM:
             if chunk.id in self._streams:
                 self._streams[chunk.id].append(chunk)
         return chunks
+
+    def _check(self, chunk: Chunk) -> None:
+        """Raise EngineError for a request that ended with a step that failed."""
+        if chunk.finish is Finish.ERROR and chunk.error != NOT_FINITE:
+            raise EngineError(f"a step failed, and the request with it ({chunk.error})") from self.engine.cause
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -17,11 +17,11 @@ STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at mo
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was committed
+    STOP = "stop"  # a stop id was committed, or a stop string
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
-    ERROR = "error"  # its logits were not finite
+    ERROR = "error"  # its logits were not finite, or a step failed
     ABORT = "abort"  # the caller dropped it
     TIMEOUT = "timeout"  # its time was over
 
@@ -163,18 +163,24 @@ class Window(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one step committed for one request; text and ids leave the stop id out."""
+    """What one step committed for one request; text and ids leave the stop id out.
+
+    window, confidence, guess  of a watched request, as Window's; else empty
+    output                     on the last chunk: the whole answer
+    error                      why the request failed, in one line; its finish is ERROR
+    nfe                        the request's denoise forwards so far
+    """
 
     id: int
     text: str
     token_ids: list[int]
     finish: Finish | None
-    window: list[int]  # of a watched request, as Window.ids; else empty
-    output: Output | None  # on the last chunk: the whole answer
-    error: str | None = None  # why the request failed, in one line
-    confidence: list[float] = []  # noqa: RUF012  as Window's, never written to
+    window: list[int]
+    output: Output | None
+    error: str | None = None
+    confidence: list[float] = []  # noqa: RUF012
     guess: list[int] = []  # noqa: RUF012
-    nfe: int = 0  # the request's denoise forwards so far
+    nfe: int = 0
 
 
 class Output(NamedTuple):

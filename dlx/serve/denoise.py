@@ -1,16 +1,15 @@
 """The stream of `stream_mode: "denoise"`: what is committed, as OpenAI's deltas, and what is not yet.
 
-Every event has a `type`:
+Every event has a `type`, and in `dlx` the answer's denoise forwards (nfe) and committed tokens (tokens) so far:
 
-    committed    an event as `stream_mode: "committed"` sends it: the deltas join to the whole text and are never revised
-    provisional  no choices, but `dlx.block`, the positions behind what is committed, each with
+    committed    as `stream_mode: "committed"` sends it: the deltas join to the whole text and are never revised
+    provisional  no choices, but `dlx.block`: the positions behind what is committed, from `token_offset` on, each with
                      token_ids, text    what stands there; text is empty for a mask
                      masked             it is not decided yet
                      guess_ids, guess_text, confidence
                                         what was proposed there, and how sure of it the model was; where the server
                                         keeps them (watch)
-                 A later event replaces it. `dlx.token_offset` counts the committed tokens before it, `dlx.nfe` the
-                 denoise forwards so far.
+                 A later event replaces it.
 
 A client that reads slowly misses blocks, and no text: a ticket of a watched request joins what waits.
 """
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from dlx.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what bytes that are no character are decoded to
-COMMITTED = b'data: {"type":"committed",'
+COMMITTED = 'data: {"type":"committed","dlx":{"nfe":%d,"tokens":%d},'
 
 
 class Words:
@@ -59,7 +58,7 @@ class Words:
 
 
 class Denoise:
-    """Committed text in events of its kind, and behind it the block that is being decided."""
+    """One answer: committed text in events of its kind, and behind it the block that is being decided."""
 
     watch = True
 
@@ -67,24 +66,32 @@ class Denoise:
         self._committed = Committed(head, apart)
         self._words, self._mask_id = Words(tokenizer.decode, mask_id), mask_id
         self._rest = head.fields(streamed=True)
-        self._tokens = 0  # committed so far
+        self._nfe, self._tokens = 0, 0
 
     def begin(self, index: int) -> bytes:
-        return _typed(self._committed.begin(index))
+        return self._typed(self._committed.begin(index))
 
     def chunk(self, index: int, chunk: Chunk) -> bytes:
-        self._tokens += len(chunk.token_ids)
-        return _typed(self._committed.chunk(index, chunk)) + (self._block(index, chunk) if chunk.window else b"")
+        self._count(chunk)
+        return self._typed(self._committed.chunk(index, chunk)) + (self._block(index, chunk) if chunk.window else b"")
 
     def end(self, index: int, chunk: Chunk, total: Json | None) -> bytes:
-        return _typed(self._committed.end(index, chunk, total))
+        self._count(chunk)
+        return self._typed(self._committed.end(index, chunk, total))
 
     def close(self, total: Json) -> bytes:
-        return _typed(self._committed.close(total))
+        return self._typed(self._committed.close(total))
+
+    def _count(self, chunk: Chunk) -> None:
+        self._nfe, self._tokens = chunk.nfe, self._tokens + len(chunk.token_ids)
+
+    def _typed(self, data: bytes) -> bytes:
+        return (COMMITTED % (self._nfe, self._tokens)).encode() + data.removeprefix(b"data: {") if data else b""
 
     def _block(self, index: int, chunk: Chunk) -> bytes:
         ids = chunk.window
         block: Json = {
+            "token_offset": self._tokens,
             "token_ids": ids,
             "text": self._words.each(ids),
             "masked": [id == self._mask_id for id in ids],
@@ -93,9 +100,5 @@ class Denoise:
             block["confidence"] = [round(p, 4) for p in chunk.confidence]
             block["guess_ids"] = chunk.guess
             block["guess_text"] = [self._words.one(id) for id in chunk.guess]
-        told: Json = {"index": index, "nfe": chunk.nfe, "token_offset": self._tokens, "block": block}
-        return event({"type": "provisional", **self._rest, "choices": [], "dlx": told})
-
-
-def _typed(data: bytes) -> bytes:
-    return COMMITTED + data.removeprefix(b"data: {") if data else b""
+        told: Json = {"nfe": self._nfe, "tokens": self._tokens, "block": block}
+        return event({"type": "provisional", "dlx": told, **self._rest, "choices": []})

@@ -176,7 +176,7 @@ def test_no_chunk_follows_the_last_one_of_a_request(nano: Path) -> None:
         assert [c.finish is not None for c in chunks if c.id == short] == [True]
 
 
-def test_a_failed_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(max_tokens=24)
     expected = nano_llm.generate([5] * 9, params)[0].token_ids
     engine = nano_llm.engine
@@ -185,10 +185,10 @@ def test_a_failed_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.Mon
 
     def fail(plan: object) -> None:
         monkeypatch.setattr(engine.worker, "launch", launch)
-        raise MemoryError("no room for a graph")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.worker, "launch", fail)
-    with pytest.raises(MemoryError, match="no room for a graph"):
+    with pytest.raises(KeyboardInterrupt):
         engine.step()
     chunks = []
     while not engine.idle:
