@@ -32,8 +32,8 @@ NOT_FINITE = "its logits were not finite"
 FAILURES = 3  # failed steps in a row after which no other is tried
 
 
-class Telling(NamedTuple):
-    """A request whose last chunk is yet to come, and its text so far."""
+class Open(NamedTuple):
+    """A request whose last chunk is yet to come, and its answer so far."""
 
     request: Request
     answer: Answer
@@ -55,7 +55,7 @@ class Engine:
         self.cause: Exception | None = None  # of the last failure
         self._failures = 0  # in a row
         self._ids = itertools.count()
-        self._open: dict[int, Telling] = {}
+        self._open: dict[int, Open] = {}
         self.counts: Counter[str] = Counter()  # forwards, prefill_forwards, tokens: of all requests so far
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
@@ -85,7 +85,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue what `request` returned."""
         self.scheduler.add(request)
-        self._open[request.id] = Telling(request, Answer(self.tokenizer.stream(), request.params.stop))
+        self._open[request.id] = Open(request, Answer(self.tokenizer.stream(), request.params.stop))
 
     def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
@@ -162,7 +162,7 @@ class Engine:
                 for slot, request in plan.running.items():
                     window = replies[slot].window
                     if window is not None and request.finish is None:
-                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None, nfe=request.nfe)
+                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
                         news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
             self._due += news.values()
         except BaseException as error:
@@ -184,18 +184,13 @@ class Engine:
     def _chunk(self, request: Request, ids: list[int]) -> Chunk:
         shown = ids[:-1] if request.finish is Finish.STOP else ids
         piece = self._open[request.id].answer.add(shown, last=request.finish is not None)
-        if piece.stop is not None:
-            self._cut(request, len(ids) - len(piece.ids))
+        if piece.stop is not None:  # its row is inert from the next launch on, its pages are free now
+            self._stop([self.scheduler.abort(request.id)])
+            request.finish = Finish.STOP
+            del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
         output = self._output(request, piece.stop) if request.finish is not None else None
         error = NOT_FINITE if request.finish is Finish.ERROR else None
-        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error, nfe=request.nfe)
-
-    def _cut(self, request: Request, beyond: int) -> None:
-        """End a request at a stop string: its pages are free now, its row is inert from the next launch on."""
-        slot = self.scheduler.abort(request.id)
-        request.finish = Finish.STOP
-        del request.out[len(request.out) - beyond :]
-        self._stop([slot])
+        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error)
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
@@ -215,8 +210,8 @@ class Engine:
         """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
         slot = self.scheduler.abort(request.id)
         request.finish = finish
-        output = self._output(request)
-        return Chunk(request.id, "", [], finish, [], output, error, nfe=request.nfe), slot
+        rest = "" if error else self._open[request.id].answer.add([], last=True).text
+        return Chunk(request.id, rest, [], finish, [], self._output(request), error), slot
 
     def _stop(self, slots: list[int | None]) -> None:
         """Make rows inert; where the device does not do that, it does nothing any more."""
