@@ -162,7 +162,7 @@ class Engine:
                 for slot, request in plan.running.items():
                     window = replies[slot].window
                     if window is not None and request.finish is None:
-                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
+                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None, nfe=request.nfe)
                         news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
             self._due += news.values()
         except BaseException as error:
@@ -190,7 +190,7 @@ class Engine:
             del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
         output = self._output(request, piece.stop) if request.finish is not None else None
         error = NOT_FINITE if request.finish is Finish.ERROR else None
-        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error)
+        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error, nfe=request.nfe)
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
@@ -211,7 +211,7 @@ class Engine:
         slot = self.scheduler.abort(request.id)
         request.finish = finish
         rest = "" if error else self._open[request.id].answer.add([], last=True).text
-        return Chunk(request.id, rest, [], finish, [], self._output(request), error), slot
+        return Chunk(request.id, rest, [], finish, [], self._output(request), error, nfe=request.nfe), slot
 
     def _stop(self, slots: list[int | None]) -> None:
         """Make rows inert; where the device does not do that, it does nothing any more."""
