@@ -22,7 +22,7 @@ from dlx.serve.admission import RETRY_S, Admission
 from dlx.serve.asks import Desk, name_of, to_fault
 from dlx.serve.calls import Choices
 from dlx.serve.denoise import Denoise
-from dlx.serve.faults import Fault
+from dlx.serve.faults import Fault, fault_of
 from dlx.serve.metrics import Metrics
 from dlx.serve.openapi import described
 from dlx.serve.options import Options
@@ -59,8 +59,8 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
     app = FastAPI(title="dlx", version=dlx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi = partial(described, app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _unrouted)
-    app.add_exception_handler(Fault, partial(_refused, metrics))
-    app.add_exception_handler(RequestError, partial(_refused, metrics))
+    for kind in (Fault, RequestError, Exception):  # the last is raised on, and logged by the admission
+        app.add_exception_handler(kind, partial(_refused, metrics))
 
     def served(model: str | None) -> tuple[str, str | None]:
         """The name that a request used for the model, and its adapter. Raises Fault 404."""
@@ -70,10 +70,13 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
             raise Fault(404, "model_not_found", text, "model")
         return name, names[name]
 
-    def encoder_of(body: Chat | Completion, head: Head, apart: bool) -> Encoder:
-        if body.stream_mode == "denoise":
-            return Denoise(head, apart, engine.tokenizer, engine.card.mask_id)
-        return Committed(head, apart)
+    def encoder_of(body: Chat | Completion, head: Head, choices: int) -> Encoder:
+        apart = body.stream_options is not None and body.stream_options.include_usage
+        if body.stream_mode == "committed":
+            return Committed(head, apart)
+        if choices > 1:
+            raise Fault(400, "invalid_value", f"stream_mode='denoise' tells of one choice, not {choices}", "stream_mode")
+        return Denoise(head, apart, engine.tokenizer, engine.card.mask_id)
 
     async def complete(request: Request, kind: Kind) -> Response:
         asked = Chat if kind == "chat.completion" else Completion
@@ -84,8 +87,7 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         if not body.stream:
             choices = Choices(engine, call, False, metrics)
             return JSONResponse(whole(head, await choices.answers(request.receive), choices.prompts), headers=told)
-        apart = body.stream_options is not None and body.stream_options.include_usage
-        encoder = encoder_of(body, head, apart)
+        encoder = encoder_of(body, head, len(call.choices))
         choices = Choices(engine, call, encoder.watch, metrics)
         return EventStream(choices.events(encoder), options.ping_s, told)
 
@@ -186,7 +188,6 @@ async def _unrouted(_: Request, error: Exception) -> Response:
 
 
 async def _refused(metrics: Metrics, _: Request, error: Exception) -> Response:
-    fault = error if isinstance(error, Fault) else to_fault(error) if isinstance(error, RequestError) else None
-    assert fault is not None
+    fault = to_fault(error) if isinstance(error, RequestError) else fault_of(error)
     metrics.ended("rejected" if fault.status < 500 else "failed", fault.code)
     return fault.response()

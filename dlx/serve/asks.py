@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,7 +123,8 @@ class Desk:
 
 def name_of(policy: Any) -> str:  # Any: a Policy, bound
     """The name of a policy in the table of policies, however it was bound to a model; else "custom"."""
-    alike = [name for name, one in POLICIES.items() if replace(one, L=policy.L, full=policy.full) == policy]
+    told = [field.name for field in fields(policy) if field.compare and field.name not in ("L", "full", "watch")]
+    alike = [name for name, one in POLICIES.items() if all(getattr(one, f) == getattr(policy, f) for f in told)]
     return alike[0] if alike else "custom"
 
 

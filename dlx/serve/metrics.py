@@ -86,7 +86,14 @@ class Scrape(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        stats, health = self._engine.stats(), self._engine.health()
+        status = GaugeMetricFamily("dlx_engine_status", "1 for the engine's status", labels=("status",))
+        now = self._engine.health().status
+        for state in STATES:
+            status.add_metric((state,), float(state == now))
+        yield status
+        if now not in ("ready", "draining"):
+            return
+        stats = self._engine.stats()
         for name, what, field in COUNTERS:
             yield CounterMetricFamily(name, what, getattr(stats, field))
         for name, what, field in GAUGES:
@@ -97,7 +104,3 @@ class Scrape(Collector):
         yield pages
         share = stats.pages_used / max(stats.pages_total, 1)
         yield GaugeMetricFamily("dlx_kv_cache_usage_ratio", "Share of the K/V pages that is in use", share)
-        status = GaugeMetricFamily("dlx_engine_status", "1 for the engine's status", labels=("status",))
-        for state in STATES:
-            status.add_metric((state,), float(state == health.status))
-        yield status

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from dlx.request import STOP_CHARS, STOP_IDS, STOPS
 from dlx.serve.faults import Fault, invalid
@@ -16,7 +16,7 @@ WARNED = 8  # unknown fields that a warning names
 Share = Annotated[float, Field(ge=0, le=1)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARS)]
-Ids = Annotated[list[Id], FailFast()]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 B = TypeVar("B", bound="Body")
 
 # fields that are not there, and the values of them that ask for nothing
@@ -77,7 +77,7 @@ class Own(BaseModel):
     max_repetition_run: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=STOP_IDS)] | None = None
-    fixed: Annotated[list[tuple[Id, Id]], FailFast(), Field(max_length=65536)] | None = None
+    fixed: Annotated[list[tuple[Id, Id]], Field(fail_fast=True, max_length=65536)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
@@ -156,7 +156,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], FailFast(), Field(min_length=1, max_length=MESSAGES)]
+    content: str | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
 
     def plain(self) -> dict[str, str]:
         """As the chat template takes it."""
@@ -167,7 +167,7 @@ class Message(BaseModel):
 class Chat(Sampling):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -176,7 +176,7 @@ class Tokenize(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)] | None = None
 
 
 class Detokenize(Body):

@@ -14,7 +14,6 @@ import uvicorn
 
 from dlx.async_engine import AsyncEngine
 from dlx.config import Config
-from dlx.errors import DlxError
 from dlx.health import Limits
 from dlx.serve.app import application, named
 from dlx.serve.options import Options
@@ -157,12 +156,9 @@ def serve(config: Config, options: Options, told: Callable[[str], object] = log.
         loop.add_signal_handler(signal.SIGINT, front.drain, 128 + signal.SIGINT)
         return await front.run(sock, told)
 
-    try:
-        with sock:
-            code = asyncio.run(run())
-    except DlxError:
-        raise
+    with sock:
+        code = asyncio.run(run())
     if front.hung:  # its thread cannot be ended: no clean-up can be waited for
         logging.shutdown()
-        os._exit(code or 1)
+        os._exit(code)
     return code
