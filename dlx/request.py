@@ -17,7 +17,7 @@ STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at mo
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was committed
+    STOP = "stop"  # a stop id was committed, or a stop string
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
@@ -181,6 +181,7 @@ class Chunk(NamedTuple):
     window, confidence, guess  of a watched request, as Window's; else empty
     output                     on the last chunk: the whole answer
     error                      why the request failed, in one line; its finish is ERROR
+    nfe                        the request's denoise forwards so far
     """
 
     id: int
@@ -192,6 +193,7 @@ class Chunk(NamedTuple):
     error: str | None = None
     confidence: list[float] = []  # noqa: RUF012
     guess: list[int] = []  # noqa: RUF012
+    nfe: int = 0
 
 
 class Output(NamedTuple):
