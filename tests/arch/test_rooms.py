@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # room → what its files may import of dlx; host modules may import everything
 ROOMS = {
-    "ops": {"ops", "errors", "provenance"},  # a leaf, like errors: records are named by their machine
+    "ops": {"ops", "environment", "errors", "provenance"},  # leaves, like errors: DLX_DEBUG; records name their machine
     "models": {"models", "ops", "errors"},
     "graphs": {"graphs", "ops", "errors"},
 }

@@ -38,7 +38,7 @@ def evaluate(
     json: Annotated[bool, Parameter(help="Print the results as one JSON object.")] = False,
 ) -> None:
     """Measure accuracy, tokens per forward and speed on tasks, through lm-eval (extra `eval`)."""
-    from dlx.cli import command
+    from dlx.cli.notices import command
     from dlx.doctor import settle
     from dlx.harness.files import read
     from dlx.harness.options import options
