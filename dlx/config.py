@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from pydantic import ConfigDict, InstanceOf, ValidationError
@@ -15,10 +15,16 @@ from dlx.graphs.modes import MODES, Mode
 from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.graphs.rules import SubBlock, Within
 from dlx.models.card import Card
-from dlx.settings import Dtype, Settings
+from dlx.settings import Dtype, KvDtype, Settings
 from dlx.weights.hub import fetched
 
 TINY = Path(__file__).parent / "assets" / "tiny"
+KV_DTYPES: dict[KvDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class Config(Settings, frozen=True):
@@ -75,6 +81,18 @@ class Config(Settings, frozen=True):
         kind = self.device.partition(":")[0]
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
+        if self.kv_cache_dtype == "bf16" and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"kv_cache_dtype='bf16' does not go with dtype={self.dtype!r}; use fp8_e4m3 or fp8_e5m2, "
+                "or dtype='bfloat16'"
+            )
+        if kind == "cuda" and self.kv_dtype == torch.float8_e4m3fn:
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if (major, minor) < (8, 9):
+                raise ConfigError(
+                    f"kv_cache_dtype={self.kv_cache_dtype!r} needs a GPU of sm_89 or above, and {self.device} is "
+                    f"sm_{major}{minor}; use kv_cache_dtype='fp8_e5m2'"
+                )
         if self.graphs == "capture" and kind != "cuda":
             raise ConfigError(
                 f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}"
@@ -89,6 +107,14 @@ class Config(Settings, frozen=True):
     @property
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of K/V pages."""
+        return self.torch_dtype if self.kv_cache_dtype is None else KV_DTYPES[self.kv_cache_dtype]
+
+
+assert set(get_args(KvDtype)) == set(KV_DTYPES)
 
 
 class Geometry(NamedTuple):

@@ -185,7 +185,7 @@ class Engine:
             self.counts["tokens"] += len(ids)
         for request in plan.running.values():
             if windows.get(request.id) is not None and request.finish is None:
-                self._due.append(_seen(Chunk(request.id, "", [], None, [], None), windows[request.id]))
+                self._due.append(_seen(Chunk(request.id, "", [], None, [], None, nfe=request.nfe), windows[request.id]))
         self.counts["forwards"] += sum(request.nfe for request in plan.running.values()) - forwards
 
     def _told(self, request: Request, ids: list[int]) -> Chunk:
@@ -208,7 +208,7 @@ class Engine:
             del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
         output = self._output(request, piece.stop) if request.finish is not None else None
         error = NOT_FINITE if request.finish is Finish.ERROR else None
-        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error)
+        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error, nfe=request.nfe)
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
@@ -233,7 +233,7 @@ class Engine:
         slot = self.scheduler.abort(request.id, finish)
         request.finish = finish  # also of one that has ended, and could not be told
         rest = "" if error else self._open[request.id].answer.add([], last=True).text
-        return Chunk(request.id, rest, [], finish, [], self._output(request), error), slot
+        return Chunk(request.id, rest, [], finish, [], self._output(request), error, nfe=request.nfe), slot
 
     def _stop(self, slots: list[int | None]) -> None:
         """Make rows inert; where the device does not do that, it does nothing any more."""

@@ -20,6 +20,7 @@ from dlx.errors import ConfigError
 from dlx.graphs.modes import Mode
 
 Dtype = Literal["float32", "bfloat16"]
+KvDtype = Literal["bf16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
@@ -55,6 +56,13 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
     num_pages: int | None = Field(
         default=None, strict=True, ge=1, lt=2**31,
         description="pages in the pool; else what max_num_seqs rows need and memory allows",
+    )  # fmt: skip
+    kv_cache_dtype: KvDtype | None = Field(
+        default=None, description="number format of K/V pages; fp8 is fp8_e4m3; else that of the weights"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1,
+        description="share of a GPU's memory that weights, K/V pages, activations and graphs may take together",
     )  # fmt: skip
     prefix_caching: bool = Field(
         default=True, strict=True, description="keep the K/V pages of finished prefixes, and find them again"
@@ -101,7 +109,6 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         max_length=64,
         description="name → LoRA adapter, a folder or ORG/NAME, that requests ask for by name",
     )
-
     watch: bool = Field(
         default=False, strict=True, description="keep proposals and confidences of undecided tokens for whoever watches"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlx.bench.scene import How, Scene, published
+from dlx.config import KV_DTYPES
 from dlx.errors import ConfigError
 from dlx.models.card import Card
 
@@ -33,6 +34,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forwards", type=int, default=1, help="that one launch may run on the device")
     parser.add_argument("--unroll", action="store_true", help="a launch runs its forwards one after the other")
     parser.add_argument("--quantization", choices=["fp8"], help="weights of the layers in fp8")
+    parser.add_argument("--kv-cache-dtype", choices=list(KV_DTYPES), help="of K/V pages; else the model's")
     parser.add_argument("--json", type=Path, help="write the record there")
 
 
@@ -63,7 +65,7 @@ def shape(name: str) -> Path:
 
 def how(args: argparse.Namespace) -> How:
     """What `add_how` was given."""
-    return How(args.graphs, args.device, args.dtype, args.forwards, args.unroll, args.quantization)
+    return How(args.graphs, args.device, args.dtype, args.forwards, args.unroll, args.quantization, args.kv_cache_dtype)
 
 
 def write(path: Path | None, record: Mapping[str, Any]) -> None:
