@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": ("answers:generate", "Answer one prompt, or all of a JSONL file."),
     "chat": ("answers:chat", "Talk, turn by turn: /reset forgets, /exit leaves."),
     "serve": ("serving:serve", "Serve a model over HTTP, as OpenAI's API."),
-    "eval": ("quality:evaluate", "Measure accuracy, tokens per forward and speed on tasks."),
+    "eval": ("evaluation:evaluate", "Measure accuracy, tokens per forward and speed on tasks."),
     "bench": ("bench:bench", "Measure speed: latency, throughput, startup, roofline."),
     "profile": ("graphs:profile", "Record steps of one answer: a trace, and where their time goes."),
     "tune": ("bench:tune", "Search launch configurations of the kernels on this GPU, and record them."),
