@@ -20,6 +20,7 @@ from dlx.errors import RequestError
 from dlx.serve.admission import RETRY_S, Admission
 from dlx.serve.asks import Desk, name_of
 from dlx.serve.calls import Choices
+from dlx.serve.denoise import Denoise
 from dlx.serve.faults import Fault, fault_of
 from dlx.serve.metrics import Metrics
 from dlx.serve.openapi import described
@@ -36,7 +37,6 @@ PAGE = Path(__file__).parent / "page" / "index.html"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
-ENCODERS: Mapping[str, type[Committed]] = {"committed": Committed}  # by stream_mode
 
 
 def named(config: Config, options: Options) -> dict[str, str | None]:
@@ -69,6 +69,16 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
             raise Fault(404, "model_not_found", text, "model")
         return name, names[name]
 
+    def encoder_of(body: Chat | Completion, head: Head, choices: int) -> Encoder:
+        apart = body.stream_options is not None and body.stream_options.include_usage
+        if body.stream_mode == "committed":
+            return Committed(head, apart)
+        if choices > 1:
+            raise Fault(
+                400, "invalid_value", f"stream_mode='denoise' tells of one choice, not {choices}", "stream_mode"
+            )
+        return Denoise(head, apart, engine.tokenizer, engine.card.mask_id)
+
     async def complete(request: Request, kind: Kind) -> Response:
         asked = Chat if kind == "chat.completion" else Completion
         body, unknown = parsed(asked, await request.body(), options.strict_requests)
@@ -78,8 +88,7 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         if not body.stream:
             choices = Choices(engine, call, False, metrics)
             return JSONResponse(whole(head, await choices.answers(request.receive), choices.prompts), headers=told)
-        apart = body.stream_options is not None and body.stream_options.include_usage
-        encoder: Encoder = ENCODERS[body.stream_mode](head, apart)
+        encoder = encoder_of(body, head, len(call.choices))
         choices = Choices(engine, call, encoder.watch, metrics)
         return EventStream(choices.events(encoder), options.ping_s, told)
 

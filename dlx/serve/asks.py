@@ -122,7 +122,7 @@ class Desk:
 
 def name_of(policy: Any) -> str:  # Any: a Policy, bound
     """The name of a policy in the table of policies, however it was bound to a model; else "custom"."""
-    told = [field.name for field in fields(policy) if field.compare and field.name not in ("L", "full")]
+    told = [field.name for field in fields(policy) if field.compare and field.name not in ("L", "full", "watch")]
     alike = [name for name, one in POLICIES.items() if all(getattr(one, f) == getattr(policy, f) for f in told)]
     return alike[0] if alike else "custom"
 
