@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import dlx
+from dlx.environment import environment
 from dlx.errors import CapacityError, ModelError
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,6 @@ def settle(device: str | None) -> None:
 def choose_threads() -> None:
     """Give torch the faster of one thread and all it would take, unless OMP_NUM_THREADS is set."""
     import torch
-
-    from dlx.config import environment
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)

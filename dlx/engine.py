@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -21,8 +22,9 @@ from dlx.config import Config
 from dlx.errors import EngineError
 from dlx.observe import span
 from dlx.pages import PagePool
-from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
-from dlx.scheduler import Plan, Scheduler
+from dlx.plan import Plan, Reply
+from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings, Window
+from dlx.scheduler import Scheduler
 from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
 
@@ -47,16 +49,19 @@ class Engine:
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
-        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters))
         self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
         told = w.policy.turn is not None and len(w.policy.turn.scopes) > 1  # the device tells which scope comes next
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
+        self.scheduler = Scheduler(
+            w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
+            (1 + self.lag) * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
+        )  # fmt: skip
         self.broken = ""  # why no further step is taken
         self.cause: Exception | None = None  # of the last failure
         self._failures = 0  # in a row
         self._ids = itertools.count()
         self._open: dict[int, Open] = {}
-        self.counts: Counter[str] = Counter()  # forwards, prefill_forwards, tokens: of all requests so far
+        self.counts: Counter[str] = Counter()  # tokens, and denoise forwards of each request, so far
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
     def prepare(self) -> None:
@@ -111,8 +116,8 @@ class Engine:
 
         Raises EngineError  if the engine is broken
         """
-        if self.broken and not self._due:
-            raise EngineError(self.broken)
+        if self.broken:
+            return self._rest()
         if self.before_turn is not None:
             self.before_turn()
         plan = None
@@ -123,8 +128,15 @@ class Engine:
                 self._launch(plan)
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
-            self._fail(error, [*self.scheduler.running.values()] or [*self.scheduler.waiting][:1])
+            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
         self._read(0 if plan is None else self.lag)
+        chunks, self._due = self._due, []
+        return chunks
+
+    def _rest(self) -> list[Chunk]:
+        """What a broken engine has yet to say."""
+        if not self._due:
+            raise EngineError(self.broken)
         chunks, self._due = self._due, []
         return chunks
 
@@ -132,12 +144,12 @@ class Engine:
         """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
         try:
             self.worker.launch(plan)
-        except Exception:
-            raise
-        except BaseException:
-            for slot in plan.admit:
-                self.worker.stop(slot)
-            self.scheduler.put_back(plan)
+        except BaseException as error:
+            self._stop([*plan.admit, *plan.resume, *plan.preempt])
+            if not isinstance(error, Exception):
+                self.scheduler.put_back(plan)
+            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
+            self._due += [self._end(self._open[id].request, Finish.ERROR, _line(error))[0] for id in lost]
             raise
 
     def _read(self, most: int) -> None:
@@ -152,23 +164,29 @@ class Engine:
         try:
             plan, replies = self.worker.harvest()
         except Exception as error:
-            self.worker.discard()
-            self._fail(error, self.scheduler.running.values())
+            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
+            self._fail(error, [*lost, *self.scheduler.running.values()])
             return
         try:
             with span("take"):
-                news = {r.id: self._told(r, ids) for r, ids in self.scheduler.take(plan.running, replies)}
-                self._failures = 0
-                for slot, request in plan.running.items():
-                    window = replies[slot].window
-                    if window is not None and request.finish is None:
-                        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None, nfe=request.nfe)
-                        news[request.id] = chunk._replace(**dict(zip(("window", "confidence", "guess"), window)))
-            self._due += news.values()
+                self._take(plan, replies)
+            self._failures = 0
         except BaseException as error:
             self._fail(error, plan.running.values())
             if not isinstance(error, Exception):
                 raise
+
+    def _take(self, plan: Plan, replies: list[Reply]) -> None:
+        """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
+        forwards = sum(request.nfe for request in plan.running.values())
+        windows = {r.id: replies[slot].window for slot, r in plan.running.items()}
+        for request, ids in self.scheduler.take(plan.running, replies):
+            self._due.append(_seen(self._told(request, ids), windows.pop(request.id)))
+            self.counts["tokens"] += len(ids)
+        for request in plan.running.values():
+            if windows.get(request.id) is not None and request.finish is None:
+                self._due.append(_seen(Chunk(request.id, "", [], None, [], None, nfe=request.nfe), windows[request.id]))
+        self.counts["forwards"] += sum(request.nfe for request in plan.running.values()) - forwards
 
     def _told(self, request: Request, ids: list[int]) -> Chunk:
         """The chunk of what was committed; a text that cannot be told fails its request alone."""
@@ -185,7 +203,7 @@ class Engine:
         shown = ids[:-1] if request.finish is Finish.STOP else ids
         piece = self._open[request.id].answer.add(shown, last=request.finish is not None)
         if piece.stop is not None:  # its row is inert from the next launch on, its pages are free now
-            self._stop([self.scheduler.abort(request.id)])
+            self._stop([self.scheduler.abort(request.id, Finish.STOP)])
             request.finish = Finish.STOP
             del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
         output = self._output(request, piece.stop) if request.finish is not None else None
@@ -194,22 +212,26 @@ class Engine:
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
-        failed = [request for request in requests if request.id in self._open]
-        log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
-        self.cause = error if isinstance(error, Exception) else None
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if isinstance(error, Exception) and not memory:
-            self._failures += 1
+        failed = list({request.id: request for request in requests if request.id in self._open}.values())
         ended = [self._end(request, Finish.ERROR, _line(error)) for request in failed]
         self._due += [chunk for chunk, _ in ended]
         self._stop([slot for _, slot in ended])
+        if not isinstance(error, Exception):
+            return
+        log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
+        self.cause = error
+        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif not isinstance(error, MemoryError):
+            self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")
 
     def _end(self, request: Request, finish: Finish, error: str | None = None) -> tuple[Chunk, int | None]:
         """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
-        slot = self.scheduler.abort(request.id)
-        request.finish = finish
+        slot = self.scheduler.abort(request.id, finish)
+        request.finish = finish  # also of one that has ended, and could not be told
         rest = "" if error else self._open[request.id].answer.add([], last=True).text
         return Chunk(request.id, rest, [], finish, [], self._output(request), error, nfe=request.nfe), slot
 
@@ -233,6 +255,7 @@ class Engine:
 
     def _output(self, request: Request, stop: str | None = None) -> Output:
         text = self._open.pop(request.id).answer.text
+        self.worker.rows.forget(request.id)
         now, began = time.monotonic(), request.arrived_s
         assert request.finish is not None
         times = Timings((request.admitted_s or now) - began, (request.first_s or now) - began, now - began)
@@ -247,8 +270,16 @@ class Engine:
             request.nfe,
             request.prefills,
             times,
+            request.cached,
             stop,
         )
+
+
+def _seen(chunk: Chunk, window: Window | None) -> Chunk:
+    """A chunk with the window behind it, unless it is the last."""
+    if window is None or chunk.finish is not None:
+        return chunk
+    return chunk._replace(window=window.ids, confidence=window.confidence, guess=window.guess)
 
 
 def _line(error: BaseException) -> str:

@@ -122,6 +122,8 @@ class LLM:
         try:
             while not finished:
                 while not inbox:
+                    if engine.idle:
+                        raise EngineError("the stream lost its request to an interrupt; ask again")
                     self._turn(engine)
                 chunk = inbox.popleft()
                 self._check(chunk)

@@ -49,6 +49,8 @@ class SamplingParams:
     fixed           (offset in the answer, id) of tokens that are known beforehand and stay: a gap is what is between
                     the prompt and them. For policies that compute whole sequences: fast_dllm_v1, low_confidence, …
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
+    priority        int     lower runs sooner; a step is worth 30 s of waiting
+    cache_salt      str     K/V of prefixes is shared among requests of one salt alone
     Raises RequestError  from `check`, if a value is outside its range
     """
 
@@ -110,6 +112,9 @@ class SamplingParams:
         for at, tok in self.fixed:
             _integer("an offset of fixed", at, 0, self.max_tokens - 1)
             _integer("an id of fixed", tok, 0, 2**31 - 1)
+        _integer("priority", self.priority, -1_000_000, 1_000_000)
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > 256:
+            raise RequestError(f"cache_salt={self.cache_salt!r} is not allowed; pass text of at most 256 characters")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise RequestError(f"adapter={self.adapter!r} is not a name; pass one of the engine's adapters, or None")
 
@@ -141,6 +146,14 @@ class Request:
     prefills: int = 0  # prefill forwards
     nfe: int = 0  # denoise forwards
     want: int = 0  # scope of its next forward, where its policy has several
+    filled: int = 0  # positions whose K/V is in its pages, or will be once what was sent is done
+    final: int = 0  # of these, the ones whose K/V never changes, as far as the host knows from the device
+    published: int = 0  # pages that others can find
+    digests: list[bytes] = field(default_factory=list)  # of the prefixes that its pages end; see prefix.py
+    cached: int = 0  # tokens of the prompt that were found when it was admitted
+    decodes: bool = False  # its row is in the Block Buffer
+    kept: bool = False  # it was preempted: its row is kept on the device
+    flying: int = 0  # launches of its row that are not read
     admitted_s: float | None = None
     first_s: float | None = None  # when the first block was committed
     finish: Finish | None = None
@@ -199,6 +212,7 @@ class Output(NamedTuple):
     nfe: int
     prefill_forwards: int
     timings: Timings
+    cached_tokens: int = 0  # of the prompt, whose K/V was there already
     stop: str | None = None  # the stop string that ended it
 
     @property

@@ -13,7 +13,7 @@ from dlx.graphs.rules.shown import CONF, GUESS
 from dlx.request import Window
 
 if TYPE_CHECKING:
-    from dlx.scheduler import Plan
+    from dlx.plan import Plan
 
 HEAD = 4  # numbers of a packed row before its tokens
 

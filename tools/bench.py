@@ -19,8 +19,6 @@ from dlx.bench.report import sentence
 from dlx.bench.start import STARTS
 from dlx.errors import DlxError
 
-SHAPES = Path(__file__).parent / "shapes"
-
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     command = shlex.join(["python", "tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        where = scene(args, SHAPES)
+        where = scene(args)
         if args.what == "latency":
             record = latency(where, how(args), args.steps, command, args.prefill, args.first_block)
         elif args.what == "throughput":

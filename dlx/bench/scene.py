@@ -46,6 +46,7 @@ class How(NamedTuple):
     forwards: int = 1
     unroll: bool = False
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
 
 
 class Scene(NamedTuple):
@@ -92,6 +93,7 @@ class Scene(NamedTuple):
         return Config.from_args(
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
             max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
+            kv_cache_dtype=how.kv_cache_dtype,
         )  # fmt: skip
 
     def worker(self, how: How, max_len: int) -> Worker:
@@ -113,7 +115,7 @@ def published(shape: Path) -> dict[str, Any]:
     """The config.json of a shape, a file or a folder. Raises ConfigError if it is not there."""
     source = shape / "config.json" if shape.is_dir() else shape
     if not source.is_file():
-        raise ConfigError(f"{source} is not there; name a shape of tools/shapes, or a checkpoint's folder")
+        raise ConfigError(f"{source} is not there; name a shape of dlx/bench/shapes, or a checkpoint's folder")
     return weights.read_json(source)
 
 
@@ -195,8 +197,8 @@ def stand(worker: Worker, scene: Scene) -> Stand:
             f"{scene.requests} requests of {worker.max_len} tokens do not fit into the K/V cache of "
             f"{worker.num_pages} pages; use fewer requests, a smaller context or fewer steps"
         )
-    for pages in worker.kv:
-        pages.normal_()
+    for plane in (plane for pages in worker.kv for plane in pages):  # fp8 has no draws of its own
+        plane.copy_(torch.randn_like(plane, dtype=worker.config.torch_dtype))
     with Replays(worker) as replays:
         worker.launch(plan._replace(prefill=[]))
     taken(worker, scheduler)
@@ -260,4 +262,4 @@ def floor_bytes(worker: Worker, tokens: int, rows: int = 1, experts: float | Non
         G * D * (min(tokens, rows * shown) if card.gemma and not card.gemma.everywhere[i] else tokens)
         for i, (G, D) in enumerate(card.kv)
     )
-    return {"weights": read, "kv": 2 * kv * worker.config.torch_dtype.itemsize}
+    return {"weights": read, "kv": 2 * kv * worker.config.kv_dtype.itemsize}

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from dlx import LLM, SamplingParams
-from dlx.config import TINY, Config, bind, environment, geometry
+from dlx.config import TINY, Config, bind, geometry
+from dlx.environment import environment
 from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.policies import POLICIES, Policy
 from dlx.models.card import Card
