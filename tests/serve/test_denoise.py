@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,15 @@ def test_masks_part_the_runs_that_are_read_together(nano: Path) -> None:
     texts = Words(tokenizer.decode, MASK).each([*balloon[:2], MASK, *balloon])
     assert texts[2] == ""
     assert texts[3] == "🎈"
+
+
+def test_the_lines_of_the_page_run_as_written(watched: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "page.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block.replace("http://127.0.0.1:8000", watched.url), "page.md", "exec", dont_inherit=True), {})
+    lines = capsys.readouterr().out.splitlines()
+    messages = [{"role": "user", "content": "What is 19 * 27?"}]
+    reply = watched.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 48}).json()
+    shown = "".join(ast.literal_eval(line.removeprefix("= ")) for line in lines if line.startswith("= "))
+    assert shown == reply["choices"][0]["message"]["content"] != ""
+    assert any(line.startswith("? ") and "░" in line for line in lines)
