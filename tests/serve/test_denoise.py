@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from dlx import cli
+from dlx.config import Config
 from dlx.request import Chunk
 from dlx.serve.denoise import Denoise, Words
 from dlx.serve.replies import Head
@@ -27,7 +29,6 @@ MASK = 3
 def watched(nano: Path) -> Iterator[Served]:
     """A server over the nano model that keeps confidences."""
     from dlx.async_engine import AsyncEngine
-    from dlx.config import Config
 
     engine = AsyncEngine(Config.from_args(nano, graphs="off", device="cpu", max_num_seqs=4, watch=True))
     with Served(engine) as served:
@@ -201,3 +202,16 @@ def test_the_lines_of_the_page_run_as_written(watched: Served, capsys: pytest.Ca
     shown = "".join(ast.literal_eval(line.removeprefix("= ")) for line in lines if line.startswith("= "))
     assert shown == reply["choices"][0]["message"]["content"] != ""
     assert any(line.startswith("? ") and "░" in line for line in lines)
+
+
+def test_serve_watches_the_bundled_model_unless_told_otherwise(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[bool] = []
+
+    def serve(config: Config, options: object, told: object) -> int:
+        watched.append(config.watch)
+        return 0
+
+    monkeypatch.setattr("dlx.serve.run.serve", serve)
+    lines = (["serve"], ["serve", "--no-watch"], ["serve", str(nano)], ["serve", str(nano), "--watch"])
+    assert [cli.main([*line, "--device", "cpu"]) for line in lines] == [0, 0, 0, 0]
+    assert watched == [True, False, False, True]
