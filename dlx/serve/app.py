@@ -13,13 +13,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 import dlx
 from dlx.config import TINY
 from dlx.errors import RequestError
 from dlx.serve.admission import RETRY_S, Admission
-from dlx.serve.asks import Desk, name_of, to_fault
+from dlx.serve.asks import Desk, name_of
 from dlx.serve.calls import Choices
 from dlx.serve.denoise import Denoise
 from dlx.serve.faults import Fault, fault_of
@@ -46,7 +45,7 @@ def named(config: Config, options: Options) -> dict[str, str | None]:
     return {**dict.fromkeys(own), **{name: name for name in config.adapters}}
 
 
-def application(engine: AsyncEngine, names: Mapping[str, str | None], options: Options) -> ASGIApp:
+def application(engine: AsyncEngine, names: Mapping[str, str | None], options: Options) -> Admission:
     """The whole server as an ASGI application over a started, or starting, engine."""
     metrics, desk, began_s = Metrics(engine), Desk(engine, options), int(time.time())
 
@@ -190,6 +189,6 @@ async def _unrouted(_: Request, error: Exception) -> Response:
 
 
 async def _refused(metrics: Metrics, _: Request, error: Exception) -> Response:
-    fault = to_fault(error) if isinstance(error, RequestError) else fault_of(error)
+    fault = fault_of(error)
     metrics.ended("rejected" if fault.status < 500 else "failed", fault.code)
     return fault.response()

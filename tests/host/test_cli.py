@@ -185,10 +185,11 @@ def test_json_holds_the_answer_its_figures_and_what_made_it(
     run: Run, monkeypatch: Patch, nano_llm: LLM, nano: Path
 ) -> None:
     monkeypatch.setattr(loading, "load", lambda found, **more: nullcontext(nano_llm))
+    chat: Any = [{"role": "user", "content": "12 + 30 = ?"}]
+    nano_llm.generate(chat, SamplingParams(max_tokens=32))  # from now on the prompt's pages are cached
     code, out, err = run("generate", "12 + 30 = ?", "--json", "--max-tokens", "32")
     assert (code, err) == (0, "")
     record = json.loads(out)
-    chat: Any = [{"role": "user", "content": "12 + 30 = ?"}]
     (output,) = nano_llm.generate(chat, SamplingParams(max_tokens=32))
     for name in ("text", "token_ids", "finish_reason", "tokens", "nfe", "prefill_forwards"):
         assert record.pop(name) == getattr(output, name)

@@ -62,6 +62,8 @@ class FakeEngine:
         params.check()
         if (params.top_k or params.top_p < 1) and not self.policy.filters:
             raise RequestError("top_k and top_p need a policy with filters=True")
+        if not prompt:
+            raise RequestError("the prompt is empty")
         if any(not 0 <= tok < self.card.vocab or tok == 3 for tok in prompt):
             raise RequestError(f"the prompt has an id that is the mask's or not from 0 to {self.card.vocab - 1}")
         if len(self.open) >= self.slots:
