@@ -54,7 +54,7 @@ class Engine:
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
         self.scheduler = Scheduler(
             w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
-            (1 + self.lag) * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
+            2 * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
         )  # fmt: skip
         self.broken = ""  # why no further step is taken
         self.cause: Exception | None = None  # of the last failure
