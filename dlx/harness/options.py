@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dlx.errors import ConfigError
 
+# fields that stand for themselves on a command line
+OWN = ("tasks", "limit", "data", "chat", "out", "save_results", "include_path", "confirm_run_unsafe_code")
+
 
 class Options(BaseModel):
     """One evaluation. `options` checks what is given and tells what is wrong in dlx's words.

@@ -40,7 +40,7 @@ finally:
 
 
 def passes(program: str, seconds: float = SECONDS, megabytes: int = MEGABYTES) -> bool:
-    """Whether a Python program runs to its end without an exception, in so much time and memory.
+    """Whether a Python program, and all that it starts, ends without an exception in so much time and memory.
 
     It runs isolated (no site packages), with an empty environment, in an empty folder that is removed afterwards.
     Raises ConfigError  where the system has no POSIX limits

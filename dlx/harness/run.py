@@ -47,6 +47,7 @@ def evaluation(options: Options, command: str = "", progress: bool = False) -> J
         chat = llm.tokenizer.templated if options.chat is None else options.chat
         from dlx.harness.model import Harness
 
+        made = provenance(command, llm.config.device)  # of the tree as it is now
         model = Harness(llm, params, tuple(options.params), progress)
         found = run(model, named(options, chat), options, chat)
         config = llm.config
@@ -55,7 +56,7 @@ def evaluation(options: Options, command: str = "", progress: bool = False) -> J
             "kind": "harness",
             "model": config.model.name,
             "policy": llm.policy.describe(),
-            "made": provenance(command, config.device),
+            "made": made,
             "run": {"device": config.device, "dtype": config.dtype, "graphs": config.graphs,
                 "max_num_seqs": config.max_num_seqs},
             "options": json.loads(options.model_dump_json(exclude={"llm"})) | {"chat": chat},
@@ -127,7 +128,10 @@ def loaded(names: Sequence[str], include_path: Path | None) -> dict[str, Task]:
     """Tasks of lm-eval's own, or of a folder of task files; most read their data from huggingface.co."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path.expanduser()))
+    folder = None if include_path is None else str(include_path.expanduser())
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if set(names) - set(manager.all_tasks):  # lm-eval's own, the names of which take it many seconds to read
+        manager = TaskManager(include_path=folder)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(

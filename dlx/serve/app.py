@@ -13,13 +13,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 import dlx
 from dlx.config import TINY
 from dlx.errors import RequestError
 from dlx.serve.admission import RETRY_S, Admission
-from dlx.serve.asks import Desk, name_of, to_fault
+from dlx.serve.asks import Desk, name_of
 from dlx.serve.calls import Choices
 from dlx.serve.denoise import Denoise
 from dlx.serve.faults import Fault, fault_of
@@ -46,7 +45,7 @@ def named(config: Config, options: Options) -> dict[str, str | None]:
     return {**dict.fromkeys(own), **{name: name for name in config.adapters}}
 
 
-def application(engine: AsyncEngine, names: Mapping[str, str | None], options: Options) -> ASGIApp:
+def application(engine: AsyncEngine, names: Mapping[str, str | None], options: Options) -> Admission:
     """The whole server as an ASGI application over a started, or starting, engine."""
     metrics, desk, began_s = Metrics(engine), Desk(engine, options), int(time.time())
 
@@ -75,9 +74,8 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         if body.stream_mode == "committed":
             return Committed(head, apart)
         if choices > 1:
-            raise Fault(
-                400, "invalid_value", f"stream_mode='denoise' tells of one choice, not {choices}", "stream_mode"
-            )
+            text = f"stream_mode='denoise' tells of one choice, not of {choices}"
+            raise Fault(400, "invalid_value", text, "stream_mode")
         return Denoise(head, apart, engine.tokenizer, engine.card.mask_id)
 
     async def complete(request: Request, kind: Kind) -> Response:
@@ -87,6 +85,9 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         call = await desk.call(body, adapter)
         head, told = Head.new(kind, name), warning(unknown)
         if not body.stream:
+            if body.stream_mode != "committed":
+                text = f"stream_mode={body.stream_mode!r} needs stream=true"
+                raise Fault(400, "invalid_value", text, "stream_mode")
             choices = Choices(engine, call, False, metrics)
             return JSONResponse(whole(head, await choices.answers(request.receive), choices.prompts), headers=told)
         encoder = encoder_of(body, head, len(call.choices))
@@ -190,6 +191,6 @@ async def _unrouted(_: Request, error: Exception) -> Response:
 
 
 async def _refused(metrics: Metrics, _: Request, error: Exception) -> Response:
-    fault = to_fault(error) if isinstance(error, RequestError) else fault_of(error)
+    fault = fault_of(error)
     metrics.ended("rejected" if fault.status < 500 else "failed", fault.code)
     return fault.response()

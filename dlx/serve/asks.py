@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dlx.errors import RequestError
 from dlx.graphs.policies import POLICIES
 from dlx.request import COLDEST, SamplingParams
 from dlx.serve.faults import Fault
@@ -49,7 +48,7 @@ class Desk:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def call(self, body: Chat | Completion, adapter: str | None) -> Call:
-        """The call that a body asks for. Raises Fault, or RequestError, for what cannot be done."""
+        """The call that a body asks for. Raises Fault or RequestError for what cannot be done."""
         n, options = body.n or 1, self._options
         if n > options.max_n:
             raise Fault(400, "invalid_value", f"n={n} is not allowed; at most {options.max_n} choices are", "n")
@@ -150,9 +149,3 @@ def params_of(body: Sampling) -> SamplingParams:
     )
     params.check()
     return params
-
-
-def to_fault(error: RequestError) -> Fault:
-    """A refusal of the engine's, with OpenAI's code where it has one."""
-    long = "max_model_len" in str(error) or "tokens; at most" in str(error) or "characters has more" in str(error)
-    return Fault(400, "context_length_exceeded" if long else "invalid_value", str(error))

@@ -203,7 +203,8 @@ def parsed(kind: type[B], raw: bytes, strict: bool) -> tuple[B, list[str]]:
     unknown = [name for name in extra if name not in REFUSED and name not in SILENT]
     if unknown and strict:
         raise Fault(400, "unknown_parameter", f"{_shown(unknown)}: not known to this server; leave it out")
-    for at, message in enumerate(getattr(body, "messages", None) or ()):
+    messages = body.messages if isinstance(body, Chat | Tokenize) else None
+    for at, message in enumerate(messages or ()):
         asked = [name for name, value in (message.model_extra or {}).items() if value and name != "name"]
         if asked:
             raise Fault(400, "unsupported_parameter", f"messages[{at}] has {_shown(asked)}; only text is", "messages")

@@ -46,9 +46,10 @@ class Front:
         self.hung = False  # the engine's thread did not end
         self._engine, self._options = engine, options
         self._ends: asyncio.Queue[float] = asyncio.Queue()  # seconds to drain for
+        self._app = application(engine, names, options)
         self._server = Uvicorn(
             uvicorn.Config(
-                application(engine, names, options),
+                self._app,
                 http=protocol(options),
                 ws="none",
                 log_config=None,
@@ -59,6 +60,11 @@ class Front:
                 timeout_graceful_shutdown=int(CLOSE_S),
             )
         )
+
+    @property
+    def places(self) -> int:
+        """Requests in progress."""
+        return self._app.inside
 
     async def run(self, sock: socket.socket, told: Callable[[str], object] = log.info) -> int:
         """Serve until drained or stopped; the exit code. Raises what loading the model raised."""
