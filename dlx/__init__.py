@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dlx.async_engine import AsyncEngine
     from dlx.errors import (
+        BusyError,
         CapacityError,
         ConfigError,
         DlxError,
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
+    "BusyError",
     "CapacityError",
     "Chunk",
     "ConfigError",
@@ -40,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "dlx.async_engine",
     "LLM": "dlx.llm",
     "Policy": "dlx.graphs.policies",
     "SamplingParams": "dlx.request",

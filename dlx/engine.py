@@ -1,19 +1,44 @@
-"""The loop: plan, launch, harvest. On a GPU one step overlaps: launch t + 1 is sent before t is read."""
+"""The loop: plan, launch, harvest. On a GPU one step overlaps: launch t + 1 is sent before t is read.
+
+A step that fails ends the requests that were in it, and no other: they get a last chunk with `Finish.ERROR` and the
+cause in a line. A device that does not answer after that, or FAILURES steps in a row, break the engine for good.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
-from collections.abc import Callable
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
 
 from dlx import weights
+from dlx.answer import Answer
 from dlx.config import Config
+from dlx.errors import EngineError
 from dlx.observe import span
 from dlx.pages import PagePool
-from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
-from dlx.scheduler import Plan, Scheduler
-from dlx.tokenizer import TextStream, Tokenizer
+from dlx.plan import Plan, Reply
+from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings, Window
+from dlx.scheduler import Scheduler
+from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "its logits were not finite"
+FAILURES = 3  # failed steps in a row after which no other is tried
+
+
+class Open(NamedTuple):
+    """A request whose last chunk is yet to come, and its answer so far."""
+
+    request: Request
+    answer: Answer
 
 
 class Engine:
@@ -24,94 +49,217 @@ class Engine:
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
         w = self.worker
-        self.scheduler = Scheduler(w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters))
         self.before_turn: Callable[[], None] | None = None  # told of every turn: profiles count by it
         told = w.policy.turn is not None and len(w.policy.turn.scopes) > 1  # the device tells which scope comes next
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
+        self.scheduler = Scheduler(
+            w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
+            (1 + self.lag) * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
+        )  # fmt: skip
+        self.broken = ""  # why no further step is taken
+        self.cause: Exception | None = None  # of the last failure
+        self._failures = 0  # in a row
         self._ids = itertools.count()
-        self._text: dict[int, tuple[TextStream, list[str]]] = {}
+        self._open: dict[int, Open] = {}
+        self.counts: Counter[str] = Counter()  # tokens, and denoise forwards of each request, so far
+        self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
+
+    def prepare(self) -> None:
+        """Make all graphs now, instead of with the first launch that needs them."""
+        if self.worker.config.graphs != "off":
+            self.worker.prepare(self.worker.shapes.rows, self.worker.shapes.tokens)
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return self.scheduler.idle
+        """Nothing waits, nothing runs, nothing is to be told."""
+        return self.scheduler.idle and not self._due
 
-    def add_all(self, requests: list[tuple[list[int], SamplingParams]]) -> list[int]:
+    def request(self, prompt: list[int], params: SamplingParams, watch: bool = False) -> Request:
+        """A checked request with a number, for `add`. May be called from any thread.
+
+        watch  it gets a chunk from every launch, with its window
+        Raises RequestError  if it can never run
+        Raises EngineError   if the engine is broken
+        """
+        if self.broken:
+            raise EngineError(self.broken)
+        request = Request(next(self._ids), prompt, params, time.monotonic(), watch)
+        self.scheduler.check(request)
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queue what `request` returned."""
+        self.scheduler.add(request)
+        self._open[request.id] = Open(request, Answer(self.tokenizer.stream(), request.params.stop))
+
+    def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
 
+        watch  they get a chunk from every launch, with their windows
         Raises RequestError  for one that can never run
         """
-        fresh = [Request(next(self._ids), ids, params, time.monotonic()) for ids, params in requests]
+        fresh = [self.request(ids, params, watch) for ids, params in requests]
         for request in fresh:
-            self.scheduler.check(request)
-        for request in fresh:
-            self.scheduler.add(request)
-            self._text[request.id] = (self.tokenizer.stream(), [])
+            self.add(request)
         return [request.id for request in fresh]
 
-    def abort(self, id: int) -> None:
-        """Drop a request that has not finished; others go on. Unknown numbers are ignored."""
-        if self._text.pop(id, None) is not None:
-            slot = self.scheduler.abort(id)
-            if slot is not None:
-                self.worker.stop(slot)
+    def abort(self, id: int, finish: Finish = Finish.ABORT) -> Chunk | None:
+        """End a request that has not finished; others go on. Its last chunk; None if the number is unknown by now."""
+        if id not in self._open:
+            return None
+        chunk, slot = self._end(self._open[id].request, finish)
+        self._stop([slot])
+        return chunk
 
-    def step(self, watch: bool = False) -> list[Chunk]:
-        """One turn of the loop; what it committed. With `watch`, chunks also hold the undecided window, one a turn."""
+    def step(self) -> list[Chunk]:
+        """One turn of the loop; what it committed, and the windows of those who are watched.
+
+        Raises EngineError  if the engine is broken
+        """
+        if self.broken:
+            return self._rest()
         if self.before_turn is not None:
             self.before_turn()
-        with span("plan"):
-            plan = self.scheduler.plan()
-        if plan is not None:
-            self._launch(plan)
-        chunks: list[Chunk] = []
-        while self.worker.in_flight > (0 if watch or plan is None else self.lag):
-            if self.scheduler.idle:
-                self.worker.discard()
-                break
-            chunks += self._harvest(watch and self.worker.in_flight == 1)
+        plan = None
+        try:
+            with span("plan"):
+                plan = self.scheduler.plan()
+            if plan is not None:
+                self._launch(plan)
+        except Exception as error:
+            self._read(0)  # what the launches before have finished has not failed
+            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+        self._read(0 if plan is None else self.lag)
+        chunks, self._due = self._due, []
+        return chunks
+
+    def _rest(self) -> list[Chunk]:
+        """What a broken engine has yet to say."""
+        if not self._due:
+            raise EngineError(self.broken)
+        chunks, self._due = self._due, []
         return chunks
 
     def _launch(self, plan: Plan) -> None:
-        """Launch; if that fails, what was to be admitted waits again, and the rows that run are as they were."""
+        """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
         try:
             self.worker.launch(plan)
-        except BaseException:
-            for slot in plan.admit:
-                self.worker.stop(slot)
-            self.scheduler.put_back(plan)
+        except BaseException as error:
+            self._stop([*plan.admit, *plan.resume, *plan.preempt])
+            if not isinstance(error, Exception):
+                self.scheduler.put_back(plan)
+            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
+            self._due += [self._end(self._open[id].request, Finish.ERROR, _line(error))[0] for id in lost]
             raise
 
-    def _harvest(self, watch: bool) -> list[Chunk]:
-        plan, replies = self.worker.harvest()
-        with span("take"):
-            chunks = [self._chunk(r, ids) for r, ids in self.scheduler.take(plan.running, replies)]
-            if not watch:
-                return chunks
-            news = {chunk.id: chunk for chunk in chunks}
-            live = [(slot, r) for slot, r in plan.running.items() if r.finish is None or r.id in news]
-            return [self._watched(news, r, slot) for slot, r in live]
+    def _read(self, most: int) -> None:
+        """Harvest until so many launches are in flight."""
+        while self.worker.in_flight > most:
+            if self.scheduler.idle:
+                self.worker.discard()
+                break
+            self._harvest()
 
-    def _watched(self, news: dict[int, Chunk], request: Request, slot: int) -> Chunk:
-        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
-        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot, request.tail))
+    def _harvest(self) -> None:
+        try:
+            plan, replies = self.worker.harvest()
+        except Exception as error:
+            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
+            self._fail(error, [*lost, *self.scheduler.running.values()])
+            return
+        try:
+            with span("take"):
+                self._take(plan, replies)
+            self._failures = 0
+        except BaseException as error:
+            self._fail(error, plan.running.values())
+            if not isinstance(error, Exception):
+                raise
+
+    def _take(self, plan: Plan, replies: list[Reply]) -> None:
+        """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
+        forwards = sum(request.nfe for request in plan.running.values())
+        windows = {r.id: replies[slot].window for slot, r in plan.running.items()}
+        for request, ids in self.scheduler.take(plan.running, replies):
+            self._due.append(_seen(self._told(request, ids), windows.pop(request.id)))
+            self.counts["tokens"] += len(ids)
+        for request in plan.running.values():
+            if windows.get(request.id) is not None and request.finish is None:
+                self._due.append(_seen(Chunk(request.id, "", [], None, [], None, nfe=request.nfe), windows[request.id]))
+        self.counts["forwards"] += sum(request.nfe for request in plan.running.values()) - forwards
+
+    def _told(self, request: Request, ids: list[int]) -> Chunk:
+        """The chunk of what was committed; a text that cannot be told fails its request alone."""
+        try:
+            return self._chunk(request, ids)
+        except Exception as error:
+            log.exception("the text of request %d failed", request.id)
+            self.cause = error
+            chunk, slot = self._end(request, Finish.ERROR, _line(error))
+            self._stop([slot])
+            return chunk
 
     def _chunk(self, request: Request, ids: list[int]) -> Chunk:
         shown = ids[:-1] if request.finish is Finish.STOP else ids
-        stream, parts = self._text[request.id]
-        text = stream.add(shown)
-        if request.finish is not None:
-            text += stream.flush()
-        parts.append(text)
-        output = self._output(request, "".join(parts)) if request.finish is not None else None
-        return Chunk(request.id, text, shown, request.finish, [], output)
+        piece = self._open[request.id].answer.add(shown, last=request.finish is not None)
+        if piece.stop is not None:  # its row is inert from the next launch on, its pages are free now
+            self._stop([self.scheduler.abort(request.id, Finish.STOP)])
+            request.finish = Finish.STOP
+            del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
+        output = self._output(request, piece.stop) if request.finish is not None else None
+        error = NOT_FINITE if request.finish is Finish.ERROR else None
+        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error, nfe=request.nfe)
 
-    def _output(self, request: Request, text: str) -> Output:
-        del self._text[request.id]
+    def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
+        """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
+        failed = list({request.id: request for request in requests if request.id in self._open}.values())
+        ended = [self._end(request, Finish.ERROR, _line(error)) for request in failed]
+        self._due += [chunk for chunk, _ in ended]
+        self._stop([slot for _, slot in ended])
+        if not isinstance(error, Exception):
+            return
+        log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
+        self.cause = error
+        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif not isinstance(error, MemoryError):
+            self._failures += 1
+        if self._failures >= FAILURES:
+            self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")
+
+    def _end(self, request: Request, finish: Finish, error: str | None = None) -> tuple[Chunk, int | None]:
+        """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
+        slot = self.scheduler.abort(request.id, finish)
+        request.finish = finish  # also of one that has ended, and could not be told
+        rest = "" if error else self._open[request.id].answer.add([], last=True).text
+        return Chunk(request.id, rest, [], finish, [], self._output(request), error, nfe=request.nfe), slot
+
+    def _stop(self, slots: list[int | None]) -> None:
+        """Make rows inert; where the device does not do that, it does nothing any more."""
+        try:
+            for slot in slots:
+                if slot is not None:
+                    self.worker.stop(slot)
+        except Exception as error:
+            self.cause = error
+            self._break(f"the device does not answer: {_line(error)}")
+
+    def _break(self, why: str) -> None:
+        """Take no further step: all there are end."""
+        self.broken = f"{why}; build a new engine, in a new process if the device was lost"
+        log.error("%s", self.broken)
+        self.worker.discard()
+        for request in (*self.scheduler.running.values(), *self.scheduler.waiting):
+            self._due.append(self._end(request, Finish.ERROR, why)[0])
+
+    def _output(self, request: Request, stop: str | None = None) -> Output:
+        text = self._open.pop(request.id).answer.text
+        self.worker.rows.forget(request.id)
         now, began = time.monotonic(), request.arrived_s
-        assert request.finish is not None and request.admitted_s is not None
-        times = Timings(request.admitted_s - began, (request.first_s or now) - began, now - began)
-        shown = request.out[:-1] if request.finish is Finish.STOP else request.out
+        assert request.finish is not None
+        times = Timings((request.admitted_s or now) - began, (request.first_s or now) - began, now - began)
+        shown = request.out[:-1] if request.finish is Finish.STOP and stop is None else request.out
         return Output(
             request.id,
             request.prompt,
@@ -122,4 +270,19 @@ class Engine:
             request.nfe,
             request.prefills,
             times,
+            request.cached,
+            stop,
         )
+
+
+def _seen(chunk: Chunk, window: Window | None) -> Chunk:
+    """A chunk with the window behind it, unless it is the last."""
+    if window is None or chunk.finish is not None:
+        return chunk
+    return chunk._replace(window=window.ids, confidence=window.confidence, guess=window.guess)
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line."""
+    told = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {told[0]}" if told else type(error).__name__

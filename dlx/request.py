@@ -11,17 +11,19 @@ from dlx.errors import RequestError
 
 COLDEST = 1e-4  # below, logits ÷ temperature may overflow
 STOP_IDS = 8  # stop ids one row of the Block Buffer holds
+STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at most
 
 
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was committed
+    STOP = "stop"  # a stop id was committed, or a stop string
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
-    ERROR = "error"  # its logits were not finite
+    ERROR = "error"  # its logits were not finite, or a step failed
     ABORT = "abort"  # the caller dropped it
+    TIMEOUT = "timeout"  # its time was over
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,12 @@ class SamplingParams:
     max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard
     ignore_eos      bool    go on past stop ids
     stop_token_ids  ids that end the answer, besides the model's own
+    stop            strings that end the answer, each cut from its text; at most 4, of 1 to 256 characters
     fixed           (offset in the answer, id) of tokens that are known beforehand and stay: a gap is what is between
                     the prompt and them. For policies that compute whole sequences: fast_dllm_v1, low_confidence, …
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
+    priority        int     lower runs sooner; a step is worth 30 s of waiting
+    cache_salt      str     K/V of prefixes is shared among requests of one salt alone
     Raises RequestError  from `check`, if a value is outside its range
     """
 
@@ -66,6 +71,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
     fixed: tuple[tuple[int, int], ...] = ()
+    stop: tuple[str, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
 
     def check(self) -> None:
         """Raise RequestError for the first value that is outside its range."""
@@ -93,11 +101,20 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r} is not allowed; pass a tuple of ids")
         for stop in self.stop_token_ids:
             _integer("stop_token_ids", stop, 0, 2**31 - 1)
+        if not isinstance(self.stop, tuple | list) or len(self.stop) > STOPS:
+            raise RequestError(f"stop={self.stop!r} is not allowed; pass a tuple of at most {STOPS} strings")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= STOP_CHARS:
+                given = f"one of {len(text)} characters" if isinstance(text, str) else repr(text)
+                raise RequestError(f"stop has {given}; pass strings of 1 to {STOP_CHARS} characters")
         if not isinstance(self.fixed, tuple) or any(not isinstance(p, tuple) or len(p) != 2 for p in self.fixed):
             raise RequestError(f"fixed={self.fixed!r} is not allowed; pass a tuple of pairs (offset in the answer, id)")
         for at, tok in self.fixed:
             _integer("an offset of fixed", at, 0, self.max_tokens - 1)
             _integer("an id of fixed", tok, 0, 2**31 - 1)
+        _integer("priority", self.priority, -1_000_000, 1_000_000)
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > 256:
+            raise RequestError(f"cache_salt={self.cache_salt!r} is not allowed; pass text of at most 256 characters")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise RequestError(f"adapter={self.adapter!r} is not a name; pass one of the engine's adapters, or None")
 
@@ -121,6 +138,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     arrived_s: float
+    watch: bool = False  # its chunks, one a launch, hold its window
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     out: list[int] = field(default_factory=list)  # committed ids, the stop id included
@@ -128,6 +146,14 @@ class Request:
     prefills: int = 0  # prefill forwards
     nfe: int = 0  # denoise forwards
     want: int = 0  # scope of its next forward, where its policy has several
+    filled: int = 0  # positions whose K/V is in its pages, or will be once what was sent is done
+    final: int = 0  # of these, the ones whose K/V never changes, as far as the host knows from the device
+    published: int = 0  # pages that others can find
+    digests: list[bytes] = field(default_factory=list)  # of the prefixes that its pages end; see prefix.py
+    cached: int = 0  # tokens of the prompt that were found when it was admitted
+    decodes: bool = False  # its row is in the Block Buffer
+    kept: bool = False  # it was preempted: its row is kept on the device
+    flying: int = 0  # launches of its row that are not read
     admitted_s: float | None = None
     first_s: float | None = None  # when the first block was committed
     finish: Finish | None = None
@@ -141,15 +167,33 @@ class Timings(NamedTuple):
     total_s: float
 
 
+class Window(NamedTuple):
+    """What of a watched row is behind what is committed, a position each; without Config.watch its ids alone."""
+
+    ids: list[int]  # masks included
+    confidence: list[float]  # of each id; of its proposal where it is a mask; 0 where nothing was proposed yet
+    guess: list[int]  # the proposal, of the last forward that decided on the position
+
+
 class Chunk(NamedTuple):
-    """What one step committed for one request; text and ids leave the stop id out."""
+    """What one step committed for one request; text and ids leave the stop id out.
+
+    window, confidence, guess  of a watched request, as Window's; else empty
+    output                     on the last chunk: the whole answer
+    error                      why the request failed, in one line; its finish is ERROR
+    nfe                        the request's denoise forwards so far
+    """
 
     id: int
     text: str
     token_ids: list[int]
     finish: Finish | None
-    window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
-    output: Output | None  # on the last chunk: the whole answer
+    window: list[int]
+    output: Output | None
+    error: str | None = None
+    confidence: list[float] = []  # noqa: RUF012
+    guess: list[int] = []  # noqa: RUF012
+    nfe: int = 0
 
 
 class Output(NamedTuple):
@@ -168,6 +212,8 @@ class Output(NamedTuple):
     nfe: int
     prefill_forwards: int
     timings: Timings
+    cached_tokens: int = 0  # of the prompt, whose K/V was there already
+    stop: str | None = None  # the stop string that ended it
 
     @property
     def tokens_per_forward(self) -> float:

@@ -9,12 +9,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlx import memory, network, weights
+from dlx import flight, memory, network, watch, weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
@@ -24,18 +23,11 @@ from dlx.models.card import Card
 from dlx.models.gemma.network import DiffusionGemma
 from dlx.models.scales import scale_
 from dlx.observe import marked, span
+from dlx.plan import Plan, Reply
 from dlx.request import STOP_IDS
-from dlx.scheduler import Plan, Reply
+from dlx.rows import Rows
 
 log = logging.getLogger(__name__)
-
-
-class Flight(NamedTuple):
-    """A launch whose outbox is on its way to the host."""
-
-    plan: Plan
-    outbox: Tensor  # [B, · + 3] int32, an Outbox packed, on the host, pinned where the device is a GPU
-    landed: torch.cuda.Event | None
 
 
 class Worker:
@@ -57,20 +49,21 @@ class Worker:
                 f"mask_token_id={self.ids.mask} is not among the {self.ids.vocab} ids of the tokenizer; "
                 "take config.json and tokenizer.json from the same checkpoint"
             )
-        self.policy = bind(config.policy, self.card, config.block_length)
+        self.policy = replace(bind(config.policy, self.card, config.block_length), watch=config.watch)
         assert self.policy.L is not None
         self.L = self.policy.L
         own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")
         sizes = geometry(config, self.card, self.L)
         self.max_len = sizes.max_len
-        chunk = sizes.max_len if self.policy.full else 2048  # a prompt that sees itself whole is one forward
         is_canvas = self.policy.canvas is not None
         turn = self.policy.turn
         whole = turn is not None and turn.full
         self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
-        self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk)
-        self._flights: deque[Flight] = deque()
+        # a prompt that sees itself whole is one forward, and so is a sequence
+        chunk = sizes.max_len if self.policy.full or turn is not None else min(2048, config.max_num_batched_tokens)
+        self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
+        self._flights: deque[flight.Flight] = deque()
         self.kv: tuple[Tensor, ...] = ()
         self.net = network.load(config, self.card, raw, self.device)
         try:
@@ -128,13 +121,15 @@ class Worker:
         self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
         E = 0 if turn is not None else E
         self.buf = buffer.allocate(
-            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
-        )
+            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype,
+            self.policy.memory(self.width),
+        )  # fmt: skip
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width
         self.sent = loop.allocate(B, self.policy.N * self.width, config.forwards, self.device, room)
-        self.epoch = 0  # launches sent
+        self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._sent)
+        self.epoch = self.prefills = 0  # launches sent, forwards of prompts
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
 
@@ -146,6 +141,7 @@ class Worker:
     def launch(self, plan: Plan) -> None:
         """Send one plan to the device: prompts, new rows, one step. Returns before the device is done."""
         with span("launch"), self._there:  # events, captures and Triton take the current device
+            self.rows.leave(plan)
             C, most = self.shapes.C, self.shapes.tokens[-1] // self.shapes.C
             for batch in prefill.batches(plan.prefill, C, most):
                 T = shapes.bucket(self.shapes.tokens, len(batch) * C)
@@ -154,12 +150,10 @@ class Worker:
                 prefill.fill_(self.prompts[T], self._sent(packed))
                 with span("prefill"):
                     self.graphs.replay(key)
-            for slot, row in plan.admit.items():
-                packed = self._sent(buffer.pack(row, self.width, self.shapes.W, STOP_IDS))
-                buffer.admit_(self.buf, slot, packed, self.card.mask_id)
-                if row.ids:
-                    ids = self._sent(torch.tensor(row.ids, dtype=torch.int32))
-                    sequence.admit_(self.sequences, slot, ids, self.card.mask_id)
+                self.prefills += 1
+            self.rows.enter(plan)
+            if not plan.bucket:
+                return
             rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
             key = self._step_graph(rows, plan.scope, C)
             self.epoch += 1
@@ -168,7 +162,10 @@ class Worker:
                 self.sent.epoch.fill_(self.epoch)
             with span("step"):
                 self.graphs.replay(key)
-            self._flights.append(self._read(plan, self._outbox(rows)))
+            windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
+            self._flights.append(flight.sent(plan, self._outbox(rows), windows))
+            for id in plan.resume.values():
+                self.rows.forget(id)
 
     @torch.no_grad()
     def prepare(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
@@ -189,20 +186,27 @@ class Worker:
 
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
-        flight = self._flights.popleft()
+        oldest = self._flights[0]  # until it is read: an interrupt loses nothing
         with span("harvest"):
-            if flight.landed is not None:
-                flight.landed.synchronize()
-            return flight.plan, [Reply(row[:-3], *row[-3:]) for row in flight.outbox.tolist()]
+            if oldest.landed is not None:
+                oldest.landed.synchronize()
+            ends, F = self.policy.turn is not None, buffer.FACTS
+            windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
+            rows = enumerate(oldest.outbox.tolist())
+            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            self._flights.popleft()
+            return oldest.plan, replies
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""
         self.sent.halt.fill_(self.epoch)  # the device reads it where it lies, on the host
         self.buf.done[slot].fill_(True)
 
-    def discard(self) -> None:
-        """Forget the launches in flight: their rows are all inert."""
+    def discard(self) -> list[Plan]:
+        """Forget the launches in flight, whose rows are all inert, or lost."""
+        plans = [sent.plan for sent in self._flights]
         self._flights.clear()
+        return plans
 
     @property
     def looped(self) -> bool:
@@ -212,25 +216,10 @@ class Worker:
     def _outbox(self, rows: int) -> Tensor:
         return (self.sent.out if self.looped else self.sent.step)[:rows]
 
-    def window(self, slot: int, given: int) -> list[int]:
-        """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
-        n = max(int(self.sent.step[slot, -3]), given)  # of the last forward: what came before has left the window
-        end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
-        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
-
     def _sent(self, packed: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return packed
         return packed.pin_memory().to(self.device, non_blocking=True)
-
-    def _read(self, plan: Plan, out: Tensor) -> Flight:
-        if self.device.type == "cpu":
-            return Flight(plan, out.clone(), None)
-        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        host.copy_(out, non_blocking=True)
-        landed = torch.cuda.Event()
-        landed.record()
-        return Flight(plan, host, landed)
 
     def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""

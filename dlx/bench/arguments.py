@@ -13,10 +13,12 @@ from dlx.config import KV_DTYPES
 from dlx.errors import ConfigError
 from dlx.models.card import Card
 
+SHAPES = Path(__file__).parent / "shapes"  # config.json of real models, by name
+
 
 def add_scene(parser: argparse.ArgumentParser) -> None:
     """What is measured."""
-    parser.add_argument("--shape", default="sdar-8b", help="a name of tools/shapes, or a checkpoint's folder")
+    parser.add_argument("--shape", default="sdar-8b", help="a name of dlx/bench/shapes, or a checkpoint's folder")
     parser.add_argument("--block", type=int, help="tokens a block; else as many as the shape was trained for")
     parser.add_argument("--blocks", type=int, default=1, help="blocks of a row that decode at once")
     parser.add_argument("--context", type=int, default=1024, help="tokens before the answer")
@@ -36,20 +38,24 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the record there")
 
 
-def scene(args: argparse.Namespace, shapes: Path) -> Scene:
+def scene(args: argparse.Namespace) -> Scene:
     """What `add_scene` was given. Raises ConfigError for what cannot be."""
-    for name in ("block", "blocks", "context", "requests", "accept"):
-        value = getattr(args, name)
+    return asked(args.shape, args.block, args.blocks, args.context, args.requests, args.accept)
+
+
+def asked(name: str, block: int | None, blocks: int, context: int, requests: int, accept: int) -> Scene:
+    """The scene of a shape, by name or folder; None is the block length that it was trained with."""
+    given = {"block": block, "blocks": blocks, "context": context, "requests": requests, "accept": accept}
+    for flag, value in given.items():
         if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value} is not allowed; use 1 or more")
-    where = shape(args.shape, shapes)
-    block = args.block or Card.from_hf(published(where), {}).blocks[0]
-    return Scene(where, block, args.context, args.requests, args.accept, args.blocks)
+            raise ConfigError(f"--{flag} {value} is not allowed; use 1 or more")
+    where = shape(name)
+    return Scene(where, block or Card.from_hf(published(where), {}).blocks[0], context, requests, accept, blocks)
 
 
-def shape(name: str, shapes: Path) -> Path:
-    """A name of the folder of shapes, or a checkpoint's folder."""
-    known = {path.stem: path for path in sorted(shapes.glob("*.json"))}
+def shape(name: str) -> Path:
+    """A shape's config.json by name, or a checkpoint's folder."""
+    known = {path.stem: path for path in sorted(SHAPES.glob("*.json"))}
     if name in known:
         return known[name]
     if not Path(name).exists():

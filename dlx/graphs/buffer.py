@@ -18,6 +18,7 @@ NUMBERS = ("accept", "open_at", "force_at", "temp", "edit", "remask", "stability
 COUNTS = ("limit", "max_nfe", "ignore_eos", "top_k", "given", "max_repetition_run", "run", "tail")
 UNLIMITED = 2**31 - 1  # of a count that ends nothing
 RUNNING, STOP, LENGTH, MAX_NFE, BAD, REPETITION = range(6)  # Outbox.why
+FACTS = 4  # numbers of a row behind its tokens in a packed Outbox: n, nfe, why, start
 
 
 class BlockBuffer(NamedTuple):
@@ -41,15 +42,16 @@ class BlockBuffer(NamedTuple):
 
 
 class Outbox(NamedTuple):
-    """All that the host reads of a step, packed in one int32 tensor [B, N·L + 3]."""
+    """All that the host reads of a step, packed in one int32 tensor [B, N·L + FACTS]."""
 
     tok: Tensor  # [B, N·L] int32  the window's first N places after the step
     n: Tensor  # [B]      int32  how many leading ones of `tok` this step committed (held ones counted)
     nfe: Tensor  # [B]      int32  denoise forwards so far
     why: Tensor  # [B]      int32  why the row ended in this step; else RUNNING, or −the scope that it wants next
+    start: Tensor  # [B]      int32  K/V before this position is final; 0 where none ever is
 
     def pack(self) -> Tensor:
-        return torch.cat((self.tok, torch.stack((self.n, self.nfe, self.why), 1)), 1)
+        return torch.cat((self.tok, torch.stack((self.n, self.nfe, self.why, self.start), 1)), 1)
 
 
 class Row(NamedTuple):
@@ -97,6 +99,27 @@ def allocate(
 def rows(buf: BlockBuffer, B: int) -> BlockBuffer:
     """The first B rows, as views: one a tensor, so that a compiled step may write them in place."""
     return BlockBuffer(*(t[:B] for t in buf[:-1]), mem={name: t[:B] for name, t in buf.mem.items()})
+
+
+def saved(buf: BlockBuffer, slot: int) -> BlockBuffer:
+    """A copy of one row, each tensor without its first dim; no host sync."""
+    return BlockBuffer(*(t[slot].clone() for t in buf[:-1]), mem={name: t[slot].clone() for name, t in buf.mem.items()})
+
+
+def restore_(buf: BlockBuffer, slot: int, row: BlockBuffer) -> None:
+    """Write a row that was saved into `slot`; its page table is written by `pages_`."""
+    for old, value in (*zip(buf[:-1], row[:-1], strict=True), *((old, row.mem[k]) for k, old in buf.mem.items())):
+        old[slot].copy_(value)
+
+
+def pages_(buf: BlockBuffer, packed: Tensor) -> None:
+    """Write page tables [n, 1 + W] int32, each behind its slot, already on the device; no host sync."""
+    buf.pages.index_copy_(0, packed[:, 0].long(), packed[:, 1:])
+
+
+def tables(pages: Mapping[int, Sequence[int]], W: int) -> Tensor:
+    """Page tables by slot as `pages_` takes them."""
+    return torch.tensor([[slot, *of, *[0] * (W - len(of))] for slot, of in pages.items()], dtype=torch.int32)
 
 
 def pack(row: Row, L: int, W: int, stops: int) -> Tensor:

@@ -13,11 +13,10 @@ from triton.errors import TritonError
 
 from dlx.errors import ConfigError
 from dlx.graphs.loop import Launch, WhileGraph, unrolled
+from dlx.graphs.modes import Mode
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["off", "compile", "capture"]
-MODES: tuple[Mode, ...] = ("off", "compile", "capture")
 Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as one graph, or a graph a turn
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import core
 
-from dlx.graphs.buffer import RUNNING, BlockBuffer
+from dlx.graphs.buffer import FACTS, RUNNING, BlockBuffer
 
 
 class Launch(NamedTuple):
@@ -30,8 +30,8 @@ class Launch(NamedTuple):
     Outbox room is for all that `most` forwards can commit, so it is never full.
     """
 
-    out: Tensor  # [B, most · N·L + 3] int32  an Outbox, packed, of all forwards of the launch
-    step: Tensor  # [B, N·L + 3]        int32  that of one forward
+    out: Tensor  # [B, most · N·L + FACTS] int32  an Outbox, packed, of all forwards of the launch
+    step: Tensor  # [B, N·L + FACTS]       int32  that of one forward
     left: Tensor  # [1]                 int32  forwards that the launch may still run
     on: Tensor  # [1]                 int32  1 while a row runs
     epoch: Tensor  # [1]                 int32  number of the launch
@@ -47,8 +47,8 @@ def allocate(B: int, width: int, most: int, device: torch.device, room: int | No
 
     halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
     return Launch(
-        zeros(B, (most * width if room is None else room) + 3),
-        zeros(B, width + 3),
+        zeros(B, (most * width if room is None else room) + FACTS),
+        zeros(B, width + FACTS),
         zeros(1),
         zeros(1),
         zeros(1),
@@ -73,7 +73,7 @@ def begin_(launch: Launch, buf: BlockBuffer, busy: Callable[[], Tensor]) -> None
     busy  → [B] bool: whose row another turn is for; reads the device
     """
     none = torch.zeros_like(buf.age)
-    launch.out[:, -3:].copy_(torch.stack((none, buf.age, none), 1))
+    launch.out[:, -FACTS:].copy_(torch.stack((none, buf.age, none, buf.start), 1))
     launch.on.copy_(busy().any()[None])
 
 
@@ -85,13 +85,14 @@ def turn_(step: Callable[[], None], busy: Callable[[], Tensor], launch: Launch) 
 
 
 def gather_(out: Tensor, step: Tensor) -> None:
-    """Append a forward's Outbox [B, N·L + 3] to that of the launch [B, room + 3]."""
-    n, width = out[:, -3:-2], step.shape[1] - 3
-    at = torch.arange(out.shape[1] - 3, device=out.device, dtype=torch.int32) - n
-    new = (at >= 0) & (at < step[:, -3:-2])
-    tok = torch.where(new, step[:, :-3].gather(1, at.clamp(0, width - 1).long()), out[:, :-3])
-    why = torch.where(out[:, -1:] > RUNNING, out[:, -1:], step[:, -1:])  # a row that ended before says RUNNING
-    out.copy_(torch.cat((tok, n + step[:, -3:-2], step[:, -2:-1], why), 1))
+    """Append a forward's Outbox [B, N·L + FACTS] to that of the launch [B, room + FACTS]."""
+    width, room = step.shape[1] - FACTS, out.shape[1] - FACTS
+    (n, _, ended, _), (more, nfe, why, start) = out[:, room:].split(1, 1), step[:, width:].split(1, 1)
+    at = torch.arange(room, device=out.device, dtype=torch.int32) - n
+    new = (at >= 0) & (at < more)
+    tok = torch.where(new, step[:, :width].gather(1, at.clamp(0, width - 1).long()), out[:, :room])
+    why = torch.where(ended > RUNNING, ended, why)  # a row that ended before says RUNNING
+    out.copy_(torch.cat((tok, n + more, nfe, why, start), 1))
 
 
 def unrolled(begin: Callable[[], None], turn: Callable[[], None], launch: Launch) -> Callable[[], None]:

@@ -18,8 +18,11 @@ class Shapes(NamedTuple):
     W: int
 
 
-def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048) -> Shapes:
-    """Powers of two up to `slots` rows, and prefill chunks from 64 tokens to the longest prompt (`chunk` at most)."""
+def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048, invariant: bool = False) -> Shapes:
+    """Powers of two up to `slots` rows, and prefill chunks from 64 tokens to the longest prompt (`chunk` at most).
+
+    invariant  the last of each alone: launch configurations follow from shapes, so then none depends on the batch
+    """
     rows = [1]
     while rows[-1] < slots:
         rows.append(min(2 * rows[-1], slots))
@@ -28,7 +31,8 @@ def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048) -> Shapes:
     tokens = [C]
     while tokens[-1] < longest:  # few rows cost as much as 256: the weights are read once
         tokens.append(min((4 if tokens[-1] == C else 2) * tokens[-1], longest))
-    return Shapes(tuple(rows), tuple(tokens), C, S, -(-max_len // S))
+    least = -1 if invariant else 0
+    return Shapes(tuple(rows[least:]), tuple(tokens[least:]), C, S, -(-max_len // S))
 
 
 def bucket(sizes: tuple[int, ...], n: int) -> int:

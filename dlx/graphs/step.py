@@ -13,6 +13,7 @@ from dlx.graphs.packing import fitting, layout, seats
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Memory, Seen
 from dlx.graphs.rules.settle import SAME
+from dlx.graphs.rules.shown import proposals
 from dlx.graphs.stops import budgeted, committed, leading
 from dlx.ops import OPS
 from dlx.ops.attention import View
@@ -51,7 +52,7 @@ def step_(
 
     buf  Block Buffer of B rows; written
     kv   one tensor a layer [2, P, S, G, D]; written
-    out  [B, N·L + 3] int32, an Outbox packed; written
+    out  [B, N·L + FACTS] int32, an Outbox packed; written
     at   told the verb of each part as it begins; for profiles of eager steps
     """
     new, outbox = denoise(policy, ids, net, buf, kv, at)
@@ -127,6 +128,8 @@ def denoise(
         for name, kept in rule.keep(proposed, w, tok, whole).items():
             now = deciding.view(*whole.shape, *[1] * (kept.dim() - 2))
             mem[name] = cut.back(buf.mem[name], torch.where(now, kept, w.mem[name]))
+    if policy.watch:
+        mem |= {name: cut.back(buf.mem[name], kept) for name, kept in proposals(c, w, tok, w.mem).items()}
     tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
 
@@ -141,7 +144,7 @@ def denoise(
     new, n, why = committed(policy, new, spent, bad, ids.mask)
     n, why = (torch.where(buf.done, 0, x).int() for x in (n, why))
     new = new._replace(done=buf.done | (why != RUNNING))
-    return new, Outbox(new.tok[:, :-1].flatten(1), n, age, why)
+    return new, Outbox(new.tok[:, :-1].flatten(1), n, age, why, new.start)
 
 
 class Cut:

@@ -12,6 +12,8 @@ from dlx import errors
 
 PUBLIC = {
     "LLM",
+    "AsyncEngine",
+    "BusyError",
     "SamplingParams",
     "Output",
     "Chunk",

@@ -9,37 +9,37 @@ import torch
 
 from dlx import LLM, SamplingParams
 from dlx.graphs import loop
-from dlx.graphs.buffer import LENGTH, RUNNING, STOP
+from dlx.graphs.buffer import FACTS, LENGTH, RUNNING, STOP
 
 
-def outbox(tok: list[list[int]], n: list[int], nfe: list[int], why: list[int]) -> torch.Tensor:
-    rows = [[*t, a, b, c] for t, a, b, c in zip(tok, n, nfe, why, strict=True)]
+def outbox(tok: list[list[int]], n: list[int], nfe: list[int], why: list[int], start: int = 0) -> torch.Tensor:
+    rows = [[*t, a, b, c, start] for t, a, b, c in zip(tok, n, nfe, why, strict=True)]
     return torch.tensor(rows, dtype=torch.int32)
 
 
 def test_a_forward_is_gathered_behind_those_before() -> None:
     rng = random.Random(0)
     B, width, most = 3, 4, 5
-    out = torch.full((B, most * width + 3), -7, dtype=torch.int32)
-    out[:, -3:] = 0
+    out = torch.full((B, most * width + FACTS), -7, dtype=torch.int32)
+    out[:, -FACTS:] = 0
     want: list[list[int]] = [[] for _ in range(B)]
     for turn in range(most):
         tok = [[rng.randrange(100) for _ in range(width)] for _ in range(B)]
         n = [rng.randint(0, width) for _ in range(B)]
-        loop.gather_(out, outbox(tok, n, [turn + 1] * B, [RUNNING] * B))
+        loop.gather_(out, outbox(tok, n, [turn + 1] * B, [RUNNING] * B, 8 + turn))
         for b in range(B):
             want[b] += tok[b][: n[b]]
     for b in range(B):
-        assert out[b, -3] == len(want[b]) and out[b, -2] == most
+        assert out[b, -FACTS:].tolist() == [len(want[b]), most, RUNNING, 8 + most - 1]
         assert out[b, : len(want[b])].tolist() == want[b]
 
 
 def test_why_a_row_ended_outlives_the_forwards_in_which_it_is_inert() -> None:
-    out = torch.zeros(2, 8 + 3, dtype=torch.int32)
+    out = torch.zeros(2, 8 + FACTS, dtype=torch.int32)
     loop.gather_(out, outbox([[1, 2], [3, 4]], [2, 1], [1, 1], [STOP, RUNNING]))
     loop.gather_(out, outbox([[9, 9], [5, 6]], [0, 2], [1, 2], [RUNNING, LENGTH]))
-    assert out[:, -1].tolist() == [STOP, LENGTH]
-    assert out[:, -3].tolist() == [2, 3]
+    assert out[:, -2].tolist() == [STOP, LENGTH]
+    assert out[:, -FACTS].tolist() == [2, 3]
     assert out[1, :3].tolist() == [3, 5, 6]
 
 

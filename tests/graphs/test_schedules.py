@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlx.graphs import loop
-from dlx.graphs.buffer import LENGTH
+from dlx.graphs.buffer import FACTS, LENGTH
 from dlx.graphs.rules import (
     Annealed,
     Candidates,
@@ -180,8 +180,8 @@ def test_a_turn_equals_its_twin() -> None:
 
 
 def test_a_launch_tells_the_last_scope_that_a_row_wants_and_why_it_ended() -> None:
-    out = torch.zeros(3, 8 + 3, dtype=torch.int32)
+    out = torch.zeros(3, 8 + FACTS, dtype=torch.int32)
     for whys in ((-1, 0, LENGTH), (-2, -1, 0), (0, -1, 0)):
-        loop.gather_(out, torch.tensor([[7, 7, 1, 5, why] for why in whys], dtype=torch.int32))
-    assert out[:, -1].tolist() == [0, -1, LENGTH]
+        loop.gather_(out, torch.tensor([[7, 7, 1, 5, why, 0] for why in whys], dtype=torch.int32))
+    assert out[:, -2].tolist() == [0, -1, LENGTH]
     assert out[:, :3].tolist() == [[7, 7, 7]] * 3

@@ -72,7 +72,7 @@ def begin(policy: Policy, rows: list[dict[str, object]]) -> tuple[BlockBuffer, t
         )
         buffer.admit_(buf, slot, buffer.pack(row, L, W, 8), MASK)
     kv = (torch.full((2, B * W, S, 1, 1), float("nan")),)
-    return buf, kv, torch.zeros(B, N * L + 3, dtype=torch.int32)
+    return buf, kv, torch.zeros(B, N * L + buffer.FACTS, dtype=torch.int32)
 
 
 def decode(
@@ -85,7 +85,7 @@ def decode(
     for _ in range(most):
         step_(policy, Ids(MASK, V), net, buf, kv, out)
         for b, row in enumerate(out.tolist()):
-            n, nfe, why = row[-3:]
+            n, nfe, why, _ = row[-buffer.FACTS :]
             text[b] += row[:n]
             if why:
                 ends[b] = (nfe, why)
@@ -126,7 +126,7 @@ def test_a_stop_id_in_the_prompt_tail_ends_nothing() -> None:
     buf, kv, out = begin(policy, [{"prompt": 6}])
     buf.tok[0, 0, 1] = STOP
     step_(policy, Ids(MASK, V), sure(64), buf, kv, out)
-    assert out[0].tolist()[-3:] == [4, 1, buffer.RUNNING]
+    assert out[0].tolist()[-buffer.FACTS :] == [4, 1, buffer.RUNNING, 4]
 
 
 def test_spent_forwards_deliver_the_decided_tokens_before_the_first_mask() -> None:
@@ -180,7 +180,7 @@ def test_a_finished_row_is_inert() -> None:
     pages = kv[0][:, :W].clone()
     for _ in range(3):
         step_(policy, Ids(MASK, V), net, buf, kv, out)
-        assert out[0].tolist()[-3:] == [0, 1, buffer.RUNNING]
+        assert out[0].tolist()[-buffer.FACTS : -1] == [0, 1, buffer.RUNNING]
     assert all(torch.equal(a, b[0]) for a, b in zip(still, (*buf[:-1], *buf.mem.values())))
     assert torch.equal(pages.nan_to_num(), kv[0][:, :W].nan_to_num())
     assert (net.views[-1].seen[0] == 0).all()

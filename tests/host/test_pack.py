@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 
 from dlx import LLM, SamplingParams, caches, cli, pack
 from dlx.caches import GRAPHS
-from dlx.config import Config, environment
+from dlx.config import Config
+from dlx.environment import environment
 from dlx.errors import CapacityError, ConfigError, ModelError
 from dlx.graphs.policies import POLICIES
 from dlx.graphs.rules import Fixed

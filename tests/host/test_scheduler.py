@@ -67,7 +67,10 @@ def test_with_nothing_to_do_there_is_no_plan() -> None:
 
 def test_requests_are_admitted_in_order_of_arrival_into_the_lowest_slots() -> None:
     s = scheduler()
-    plan = queued(s, *(asked(id) for id in (7, 3, 5, 4, 6, 1)))
+    requests = [asked(id) for id in (7, 3, 5, 4, 6, 1)]
+    for at, request in enumerate(requests):
+        request.arrived_s = float(at)
+    plan = queued(s, *requests[3:], *requests[:3])
     assert ids(plan) == {0: 7, 1: 3, 2: 5, 3: 4}
     assert list(plan.admit) == [0, 1, 2, 3]
     assert [request.id for request in s.waiting] == [6, 1]
