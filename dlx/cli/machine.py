@@ -80,11 +80,9 @@ def check(
 
     made = found.told(lambda: Config.from_args(**found.engine.given()).local())
     card = Card.from_hf(*read_config(made.model))
-    policy = found.told(lambda: bind(made.policy, card, made.block_length))
-    sizes = found.told(lambda: geometry(made, card, policy.L))
-    print(
-        f"fine: {card.family} on {made.device}, blocks of {policy.L}, pages of {sizes.S}, {sizes.max_len} tokens a row"
-    )
+    length = found.told(lambda: bind(made.policy, card, made.block_length)).L or card.blocks[0]
+    sizes = found.told(lambda: geometry(made, card, length))
+    print(f"fine: {card.family} on {made.device}, blocks of {length}, pages of {sizes.S}, {sizes.max_len} tokens a row")
 
 
 @config.command
