@@ -73,7 +73,7 @@ def test_eval_hands_on_its_options_settings_and_sampling(evaluated: list[Evaluat
             limit=4,
             data={"gsm8k": Path("a.jsonl")},
             chat=False,
-            llm={"max_num_seqs": 32, "model": Path("some/folder"), "device": "cpu", "unroll": True},
+            llm={"max_num_seqs": 32, "model": Path("some/folder"), "device": "cpu", "dtype": "float32"},
             params={"max_nfe": 9},
         )
     ]
@@ -86,7 +86,7 @@ def test_flags_of_eval_go_before_its_run_file(evaluated: list[Evaluation], tmp_p
     )
     assert main(["eval", "--config", str(run), "--limit", "1", "--max-tokens", "6", "--page-size", "64"]) == 0
     (options,) = evaluated
-    assert (options.limit, options.params) == (1, {"max_tokens": 6, "temperature": 1})
+    assert (options.limit, options.params) == (1, {"max_tokens": 6, "temperature": 0.5})
     assert options.llm == {"max_num_seqs": 2, "page_size": 64}
 
 
