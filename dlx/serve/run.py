@@ -154,7 +154,6 @@ def serve(config: Config, options: Options, told: Callable[[str], object] = log.
     limits = Limits(
         options.max_queued, options.max_queued_tokens, options.timeout_s, options.queue_timeout_s, options.watchdog_s
     )
-    front = Front(AsyncEngine(config, limits), named(config, options), options)
 
     async def run() -> int:
         loop = asyncio.get_running_loop()
@@ -163,6 +162,7 @@ def serve(config: Config, options: Options, told: Callable[[str], object] = log.
         return await front.run(sock, told)
 
     with sock:
+        front = Front(AsyncEngine(config.local(), limits), named(config, options), options)
         code = asyncio.run(run())
     if front.hung:  # its thread cannot be ended: no clean-up can be waited for
         logging.shutdown()
