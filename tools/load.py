@@ -73,8 +73,7 @@ def _storm(args: argparse.Namespace) -> Json:
                 names = ("waiting", "running")
                 return {
                     **{name: metric(text, f"dlx_requests_{name}") for name in names},
-                    "pages_held": metric(text, 'dlx_kv_pages{state="used"}')
-                    - metric(text, 'dlx_kv_pages{state="cached"}'),
+                    "pages_used": metric(text, 'dlx_kv_pages{state="used"}'),
                     "rss_mib": round(process.memory_info().rss / 2**20, 1),
                     "files": process.num_fds(),
                     "threads": process.num_threads(),

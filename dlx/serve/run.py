@@ -25,6 +25,7 @@ CLOSE_S = 5.0  # that the engine's thread may take to end, and that answers may 
 LOOK_S = 0.2
 CONNECTIONS = 4  # times max_concurrency; beyond, connections are refused unread
 HEADER_BYTES = 64 << 10
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Uvicorn(uvicorn.Server):
@@ -58,6 +59,7 @@ class Front:
                 limit_concurrency=CONNECTIONS * options.max_concurrency,
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 timeout_graceful_shutdown=int(CLOSE_S),
+                backlog=BACKLOG,
             )
         )
 
@@ -68,6 +70,7 @@ class Front:
 
     async def run(self, sock: socket.socket, told: Callable[[str], object] = log.info) -> int:
         """Serve until drained or stopped; the exit code. Raises what loading the model raised."""
+        sock.listen(BACKLOG)
         host, port = sock.getsockname()[:2]
         told(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}; the model is being loaded")
         serving = asyncio.create_task(self._server.serve([sock]))
