@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import yaml
-
+from dlx import documents
 from dlx.errors import ConfigError
 from dlx.graphs.policies import Policy
 from dlx.harness.keys import ENGINE, EVAL, FAMILIES, Key
 from dlx.harness.strategy import Values, refused, strategy
 
-BYTES = 1 << 20
 FIELD_MASK = 151666  # the field's default of mask_token_id, for which it looks itself
 NUMBERS = {  # key of decoding_thresholds → field of SamplingParams; NAME_threshold is the flat spelling of each
     "add_block": "open_at",
@@ -45,7 +43,7 @@ def read(path: Path) -> Values:
     Raises ConfigError  if it is no such file; for a key that is unknown, or asks for what dlx cannot do
            PolicyError  for numbers that the strategy does not allow
     """
-    said = loaded(path)
+    said = documents.read(path)
     unknown = [name for name in said if name not in ("engine", "eval")]
     if unknown:
         raise ConfigError(f"{path} has a section {unknown[0]!r}; a run file has engine and eval")
@@ -74,6 +72,9 @@ def translated(engine: Values, evals: Values) -> Values:
         "block_length": length(engine),
         "max_num_seqs": engine.get("max_num_reqs"),
         "max_model_len": engine.get("max_model_len"),
+        "max_num_batched_tokens": engine.get("max_num_batched_tokens"),
+        "gpu_memory_utilization": engine.get("gpu_memory_utilization"),
+        "prefix_caching": engine.get("enable_prefix_caching"),
         "page_size": engine.get("page_size"),
         "num_pages": None if engine.get("num_pages") == -1 else engine.get("num_pages"),
         "lora": adapter(engine),
@@ -188,28 +189,3 @@ def section(path: Path, said: Values, name: str, keys: Mapping[str, Key]) -> Val
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{path}: {name} has no key {key!r}{hint} docs/keys.md lists them all")
     return found
-
-
-class Strict(yaml.SafeLoader):
-    """YAML's safe loader, but a key that stands twice is an error: a subclass, as the library is extended by one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = [cast("Callable[..., Any]", self.construct_object)(key, deep) for key, _ in node.value]
-        twice = [key for key in seen if seen.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def loaded(path: Path) -> Values:
-    """The mapping that a YAML file holds."""
-    try:
-        raw = path.expanduser().read_bytes()
-        if len(raw) > BYTES:
-            raise ConfigError(f"{path} has {len(raw)} bytes; a run file has at most {BYTES}")
-        said = yaml.load(raw.decode(), Strict)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); mend it") from error
-    if not isinstance(said, dict):
-        raise ConfigError(f"{path} holds a {type(said).__name__}; a run file has sections engine and eval")
-    return said

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 
 from dlx.errors import RequestError
 from dlx.llm import LLM, Message
-from dlx.request import Output, SamplingParams
+from dlx.request import STOP_CHARS, STOPS, Output, SamplingParams
 
 MAX_TOKENS = 256  # where neither the caller nor the task says how many
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call it
@@ -109,6 +109,8 @@ class Harness(LM):
         elif "temperature" not in theirs:
             theirs["temperature"] = 1.0
         mine = {name: value for name, value in theirs.items() if name not in self.given}
+        stops = [text for text in until(arguments) if len(text) <= STOP_CHARS]
+        mine["stop"] = tuple(stops[:STOPS])  # of more, the first ones end an answer early; it is cut at all of them
         seed = None if self.params.seed is None else (self.params.seed + at) % 2**63
         return replace(self.params, **mine, seed=seed)
 

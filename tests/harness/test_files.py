@@ -141,8 +141,17 @@ def test_a_number_that_no_rule_reads_is_refused_unless_it_asks_for_nothing() -> 
 
 def test_sizes_machine_and_stops_arrive() -> None:
     engine = {"max_num_reqs": 4, "page_size": 32, "num_pages": -1, "device_ids": [1], "enforce_eager": True, "eos": 7}
+    engine |= {"gpu_memory_utilization": 0.8, "enable_prefix_caching": False, "max_num_batched_tokens": 512}
     found = translated(engine, {"ignore_eos": True})
-    assert found["llm"] == {"max_num_seqs": 4, "page_size": 32, "device": "cuda:1", "graphs": "off"}
+    assert found["llm"] == {
+        "max_num_seqs": 4,
+        "page_size": 32,
+        "device": "cuda:1",
+        "graphs": "off",
+        "gpu_memory_utilization": 0.8,
+        "prefix_caching": False,
+        "max_num_batched_tokens": 512,
+    }
     assert found["params"] == {"ignore_eos": True, "stop_token_ids": (7,)}
 
 
@@ -200,9 +209,9 @@ def test_numbers_that_a_policy_does_not_allow_are_refused_by_it() -> None:
         ("eval:\n  shots: 4", "eval has no key 'shots'"),
         ("bench: {}", "has a section 'bench'"),
         ("engine: 4", "engine is a int"),
-        ("- a", "a list"),
+        ("- a", "holds a list"),
         ("engine:\n  block_size: 4\n  block_size: 8", "twice"),
-        ("engine: !!python/object:os.system {}", "YAML|tag"),
+        ("engine: !!python/object:os.system {}", "tag"),
         ("engine: {", "run.yaml"),
     ],
 )

@@ -35,6 +35,11 @@ def test_answers_are_cut_at_the_first_stop_string() -> None:
     ]
 
 
+def test_the_engine_ends_answers_at_stop_strings_of_which_it_takes_four() -> None:
+    assert params({"until": ["\nA", "\nB"]}).stop == ("\nA", "\nB")
+    assert params({"until": ["1", "2" * 300, "3", "4", "5", "6"]}).stop == ("1", "3", "4", "5")
+
+
 def test_a_text_without_stop_strings_stays() -> None:
     assert cut("as it is", ["#"]) == cut("as it is", []) == "as it is"
 

@@ -128,4 +128,4 @@ def test_the_table_shows_figures_of_tasks_and_of_all() -> None:
 
 def test_data_without_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--tasks", "gsm8k", "--data", "gsm8k"]) == 2
-    assert "data='gsm8k' is not TASK=FILE" in capsys.readouterr().err
+    assert "'gsm8k' is not allowed; write NAME=VALUE" in capsys.readouterr().err
