@@ -46,5 +46,5 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) --quiet --editable '.[dev]'
+	$(PIP) --quiet --editable '.[dev,eval,serve]'
 	@touch $@
