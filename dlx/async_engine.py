@@ -186,7 +186,9 @@ class AsyncEngine:
     def health(self) -> Health:
         """Whether requests are taken, as of now."""
         if os.getpid() != self._pid:
-            return Health("unhealthy", "the process was forked; an engine lives in the process that built it")
+            return Health(
+                "unhealthy", "the process was forked, and an engine belongs to the process that built it; build another"
+            )
         self._look()
         return Health(self._status, self._reason)
 

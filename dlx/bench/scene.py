@@ -88,19 +88,21 @@ class Scene(NamedTuple):
             Path(folder, "tokenizer.json").write_text(json.dumps(whole))
             Path(folder, "tokenizer_config.json").write_text(json.dumps(PLAIN))
 
-    def config(self, folder: Path, how: How, max_len: int, policy: Policy, rows: int) -> Config:
+    def config(
+        self, folder: Path, how: How, max_len: int, policy: Policy, rows: int, pages: int | None = None
+    ) -> Config:
         """What a worker or an engine of `files(folder)` is built with, so that `rows` decode at once."""
         return Config.from_args(
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
             max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
-            kv_cache_dtype=how.kv_cache_dtype,
+            kv_cache_dtype=how.kv_cache_dtype, num_pages=pages,
         )  # fmt: skip
 
-    def worker(self, how: How, max_len: int) -> Worker:
-        """A worker with random weights of the shape."""
+    def worker(self, how: How, max_len: int, policy: Policy | None = None, pages: int | None = None) -> Worker:
+        """A worker with random weights of the shape; else with the forced schedule, and as many pages as fit."""
         with tempfile.TemporaryDirectory() as folder:
             self.files(Path(folder))
-            return Worker(self.config(Path(folder), how, max_len, self.policy(), self.requests))
+            return Worker(self.config(Path(folder), how, max_len, policy or self.policy(), self.requests, pages))
 
     def engine(self, how: How, max_len: int, rows: int) -> Engine:
         """An engine with random weights of the shape, and a tokenizer that knows no language."""

@@ -53,7 +53,9 @@ for name, (place, line) in COMMANDS.items():
 
 
 def words(argv: list[str]) -> list[str]:
-    """The arguments with a lone - put behind a --: cyclopts would take it for an option."""
+    """The arguments with a lone - put where cyclopts does not take it for an option: behind a --, or a =."""
+    if "--jsonl" in argv[:-1] and argv[at := argv.index("--jsonl") + 1] == "-":
+        return [*argv[: at - 1], "--jsonl=-", *argv[at + 1 :]]
     given = [word for word in argv if word != "-"]
     return [*given, "--", "-"] if len(given) == len(argv) - 1 and "--" not in argv else argv
 
@@ -71,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         notice("interrupted")
         return INTERRUPTED
+    except SystemExit as error:  # what rich, which prints help, makes of a broken pipe
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return UNREAD
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return UNREAD

@@ -17,7 +17,8 @@ from dlx.errors import ConfigError
 if TYPE_CHECKING:
     from dlx.bench.scene import How, Scene
 
-HOW = ("graphs", "device", "dtype", "forwards", "unroll", "quantization")  # settings that a measurement takes
+# settings that a measurement takes
+HOW = ("graphs", "device", "dtype", "forwards", "unroll", "quantization", "kv_cache_dtype")
 MEASURED = flags(ENGINE, only=HOW)
 
 bench = App(name="bench", help="Measure speed with a model's shape and random weights; `dlx eval` measures quality.")

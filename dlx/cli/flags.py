@@ -155,9 +155,8 @@ def annotated(knob: Knob, group: Group) -> Any:
     negative = f"--no-{knob.flag[2:]}" if kind is bool else ()
     if get_origin(kind) is dict:
         kind = list[Annotated[str, Parameter(metavar="NAME=VALUE")]]
-    shown = "" if knob.default in (None, (), {}) else str(knob.default)
-    text = knob.description[:1].upper() + knob.description[1:].rstrip(".") + "."
-    how = Parameter(name=knob.flag, help=text, group=group, negative=negative, show_default=shown or False)
+    shown = "" if knob.default in (None, (), {}, "") else str(knob.default)
+    how = Parameter(name=knob.flag, help=knob.sentence, group=group, negative=negative, show_default=shown or False)
     return Annotated[(Whole if kind is int else kind) | None, how]
 
 

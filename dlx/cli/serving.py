@@ -40,7 +40,10 @@ def serve(
 
     from dlx.config import Config
 
-    config = found.told(lambda: Config.from_args(**found.engine.given()))
+    given = found.engine.given()
+    if found.engine.model is None:  # the bundled one: its page shows how sure it is
+        given = {"watch": True, **given}
+    config = found.told(lambda: Config.from_args(**given))
     if not log.handlers:
         log.handlers = [stderr()]
     return found.told(lambda: run(config, found.server, notice))

@@ -74,9 +74,8 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         if body.stream_mode == "committed":
             return Committed(head, apart)
         if choices > 1:
-            raise Fault(
-                400, "invalid_value", f"stream_mode='denoise' tells of one choice, not {choices}", "stream_mode"
-            )
+            text = f"stream_mode='denoise' tells of one choice, not of {choices}"
+            raise Fault(400, "invalid_value", text, "stream_mode")
         return Denoise(head, apart, engine.tokenizer, engine.card.mask_id)
 
     async def complete(request: Request, kind: Kind) -> Response:
@@ -86,6 +85,9 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         call = await desk.call(body, adapter)
         head, told = Head.new(kind, name), warning(unknown)
         if not body.stream:
+            if body.stream_mode != "committed":
+                text = f"stream_mode={body.stream_mode!r} needs stream=true"
+                raise Fault(400, "invalid_value", text, "stream_mode")
             choices = Choices(engine, call, False, metrics)
             return JSONResponse(whole(head, await choices.answers(request.receive), choices.prompts), headers=told)
         encoder = encoder_of(body, head, len(call.choices))

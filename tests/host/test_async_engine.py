@@ -5,40 +5,32 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from dlx import LLM, AsyncEngine, BusyError, Chunk, EngineError, ModelError, Output, RequestError, SamplingParams
 from dlx.async_engine import Limits
-from dlx.config import Config
 from dlx.request import Finish
-from dlx.ticket import Ticket
-
-T = TypeVar("T")
-Run = Callable[[Coroutine[Any, Any, T]], T]
+from tests.loops import Gate, Run, answered, at_rest, configured, read
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True, threshold=0.9)
 ONE_BY_ONE = replace(LONG, threshold=1.0)  # a token a forward
 PROMPTS = [[1, 267, 202, *random.Random(n).choices(range(36, 99), k=n)] for n in (0, 7, 12, 13, 24, 33)]
 
 
-def configured(nano: Path, **values: Any) -> Config:
-    return Config.from_args(nano, device="cpu", graphs="off", **{"max_num_seqs": 2, **values})
-
-
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run[Any]]:
+def run() -> Iterator[Run]:
     """Runs coroutines on one event loop, each for a minute at most."""
     with asyncio.Runner() as runner:
         yield lambda coroutine: runner.run(asyncio.wait_for(coroutine, 60))
 
 
 @pytest.fixture(scope="module")
-def engine(nano: Path, run: Run[Any]) -> Iterator[AsyncEngine]:
+def engine(nano: Path, run: Run) -> Iterator[AsyncEngine]:
     """The nano model with two slots, which prefills 64 tokens a launch."""
     engine = AsyncEngine(configured(nano, max_num_batched_tokens=64, prefix_caching=False))
     run(engine.start())
@@ -47,7 +39,7 @@ def engine(nano: Path, run: Run[Any]) -> Iterator[AsyncEngine]:
 
 
 @pytest.fixture
-def fresh(nano: Path, run: Run[Any]) -> Iterator[Callable[..., AsyncEngine]]:
+def fresh(nano: Path, run: Run) -> Iterator[Callable[..., AsyncEngine]]:
     """Starts an engine with these limits, to be closed or broken."""
     engines: list[AsyncEngine] = []
 
@@ -69,76 +61,20 @@ def alone(nano: Path) -> list[list[int]]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(engine: AsyncEngine, run: Run[Any], alone: list[list[int]]) -> Iterator[None]:
+def nothing_is_left_behind(engine: AsyncEngine, run: Run, alone: list[list[int]]) -> Iterator[None]:
     yield
     assert run(answered(engine.submit(PROMPTS[1], LONG))).token_ids == alone[1]
     assert at_rest(engine)
 
 
-def at_rest(engine: AsyncEngine) -> bool:
-    """No request, slot, page or row is held."""
-    stats = engine.stats()
-    engine.engine.scheduler.check_invariants()
-    assert bool(engine.engine.worker.buf.done.all())
-    return (stats.waiting, stats.running, stats.queued_tokens, stats.pages_used) == (0, 0, 0, 0)
-
-
-async def read(ticket: Ticket) -> list[Chunk]:
-    return [chunk async for chunk in ticket]
-
-
-async def answered(ticket: Ticket) -> Output:
-    """The output of the last chunk; the chunks join to it, and no other has one."""
-    *body, last = await read(ticket)
-    assert last.output is not None and last.finish is last.output.finish_reason
-    assert all(chunk.finish is None and chunk.output is None for chunk in body)
-    assert [tok for chunk in (*body, last) for tok in chunk.token_ids] == last.output.token_ids
-    assert "".join(chunk.text for chunk in (*body, last)) == last.output.text
-    return last.output
-
-
-class Gate:
-    """Holds the engine's thread before each turn, until it is let go on."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._held = asyncio.Semaphore(0)
-        self._go = threading.Semaphore(0)
-        self._engine = engine.engine
-        self._engine.before_turn = self._hold
-
-    def _hold(self) -> None:
-        self._loop.call_soon_threadsafe(self._held.release)
-        self._go.acquire()
-
-    async def held(self, turns: int = 0) -> None:
-        """Let so many turns pass, and return when the thread stands before the next."""
-        for _ in range(turns):
-            await self._held.acquire()
-            self._go.release()
-        await self._held.acquire()
-        self._held.release()
-
-    def __enter__(self) -> Gate:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open()
-
-    def open(self) -> None:
-        """Let it go, for good."""
-        self._engine.before_turn = None
-        self._go.release()
-
-
-def test_answers_are_those_of_the_callers_own_loop(engine: AsyncEngine, run: Run[Any], alone: list[list[int]]) -> None:
+def test_answers_are_those_of_the_callers_own_loop(engine: AsyncEngine, run: Run, alone: list[list[int]]) -> None:
     async def ask() -> list[Output]:
         return await asyncio.gather(*(answered(engine.submit(prompt, LONG)) for prompt in PROMPTS))
 
     assert [out.token_ids for out in run(ask())] == alone
 
 
-def test_generate_yields_the_chunks_of_one_answer(engine: AsyncEngine, run: Run[Any], alone: list[list[int]]) -> None:
+def test_generate_yields_the_chunks_of_one_answer(engine: AsyncEngine, run: Run, alone: list[list[int]]) -> None:
     async def ask() -> list[Chunk]:
         return [chunk async for chunk in engine.generate(PROMPTS[3], LONG)]
 
@@ -147,7 +83,7 @@ def test_generate_yields_the_chunks_of_one_answer(engine: AsyncEngine, run: Run[
     assert [chunk.finish for chunk in chunks if chunk.finish] == [Finish.LENGTH]
 
 
-def test_a_request_that_can_never_run_is_refused_at_once(engine: AsyncEngine, run: Run[Any]) -> None:
+def test_a_request_that_can_never_run_is_refused_at_once(engine: AsyncEngine, run: Run) -> None:
     async def ask(prompt: list[int], params: SamplingParams) -> None:
         engine.submit(prompt, params)
 
@@ -169,7 +105,7 @@ def test_a_request_that_can_never_run_is_refused_at_once(engine: AsyncEngine, ru
 )
 def test_an_abort_ends_its_request_with_the_turn_that_runs_and_changes_no_other(
     engine: AsyncEngine,
-    run: Run[Any],
+    run: Run,
     alone: list[list[int]],
     turns: int,
     params: SamplingParams,
@@ -192,7 +128,7 @@ def test_an_abort_ends_its_request_with_the_turn_that_runs_and_changes_no_other(
     assert (output.finish_reason, other.token_ids) == (finish, alone[4])
 
 
-def test_a_request_that_waits_is_aborted_as_well(engine: AsyncEngine, run: Run[Any], alone: list[list[int]]) -> None:
+def test_a_request_that_waits_is_aborted_as_well(engine: AsyncEngine, run: Run, alone: list[list[int]]) -> None:
     async def ask() -> list[Output]:
         with Gate(engine) as gate:
             tickets = [engine.submit(prompt, LONG) for prompt in PROMPTS[:4]]
@@ -206,9 +142,7 @@ def test_a_request_that_waits_is_aborted_as_well(engine: AsyncEngine, run: Run[A
     assert [out.token_ids for n, out in enumerate(outputs) if n != 2] == [alone[0], alone[1], alone[3]]
 
 
-def test_aborts_of_what_is_unknown_or_over_are_ignored(
-    engine: AsyncEngine, run: Run[Any], alone: list[list[int]]
-) -> None:
+def test_aborts_of_what_is_unknown_or_over_are_ignored(engine: AsyncEngine, run: Run, alone: list[list[int]]) -> None:
     async def ask() -> tuple[list[int], list[Chunk]]:
         ticket = engine.submit(PROMPTS[2], LONG)
         output = await answered(ticket)
@@ -220,7 +154,7 @@ def test_aborts_of_what_is_unknown_or_over_are_ignored(
     assert run(ask()) == (alone[2], [])
 
 
-def test_a_reader_who_leaves_aborts(engine: AsyncEngine, run: Run[Any]) -> None:
+def test_a_reader_who_leaves_aborts(engine: AsyncEngine, run: Run) -> None:
     async def ask() -> None:
         before = engine.stats().finished.get("abort", 0)
         stream = engine.generate(PROMPTS[1], replace(ONE_BY_ONE, max_tokens=500))
@@ -233,7 +167,7 @@ def test_a_reader_who_leaves_aborts(engine: AsyncEngine, run: Run[Any]) -> None:
     run(ask())
 
 
-def test_a_task_that_is_cancelled_aborts(engine: AsyncEngine, run: Run[Any]) -> None:
+def test_a_task_that_is_cancelled_aborts(engine: AsyncEngine, run: Run) -> None:
     async def ask() -> None:
         async def reader() -> None:
             async for _ in engine.generate(PROMPTS[1], replace(ONE_BY_ONE, max_tokens=500)):
@@ -251,7 +185,7 @@ def test_a_task_that_is_cancelled_aborts(engine: AsyncEngine, run: Run[Any]) -> 
     run(ask())
 
 
-def test_a_slow_reader_of_a_watched_request_gets_the_newest_window(engine: AsyncEngine, run: Run[Any]) -> None:
+def test_a_slow_reader_of_a_watched_request_gets_the_newest_window(engine: AsyncEngine, run: Run) -> None:
     async def ask() -> tuple[Chunk, list[Chunk]]:
         with Gate(engine) as gate:
             ticket = engine.submit(PROMPTS[1], ONE_BY_ONE, watch=True)
@@ -273,7 +207,7 @@ def test_a_slow_reader_of_a_watched_request_gets_the_newest_window(engine: Async
     assert all(seen in (mask, tok) for seen, tok in shown)
 
 
-def test_only_who_watches_sees_windows(engine: AsyncEngine, run: Run[Any]) -> None:
+def test_only_who_watches_sees_windows(engine: AsyncEngine, run: Run) -> None:
     async def ask() -> tuple[list[Chunk], list[Chunk]]:
         tickets = [engine.submit(PROMPTS[n], ONE_BY_ONE, watch=n == 1) for n in (1, 2)]
         return await asyncio.gather(*map(read, tickets))  # type: ignore[return-value]
@@ -284,7 +218,7 @@ def test_only_who_watches_sees_windows(engine: AsyncEngine, run: Run[Any]) -> No
 
 
 def test_a_full_queue_refuses_and_those_who_run_go_on(
-    fresh: Callable[..., AsyncEngine], run: Run[Any], alone: list[list[int]]
+    fresh: Callable[..., AsyncEngine], run: Run, alone: list[list[int]]
 ) -> None:
     engine = fresh(max_queued=2)
 
@@ -304,7 +238,7 @@ def test_a_full_queue_refuses_and_those_who_run_go_on(
 
 
 def test_waiting_tokens_are_bounded_but_one_request_may_always_wait(
-    fresh: Callable[..., AsyncEngine], run: Run[Any]
+    fresh: Callable[..., AsyncEngine], run: Run
 ) -> None:
     engine = fresh(max_queued_tokens=100)
 
@@ -321,7 +255,7 @@ def test_waiting_tokens_are_bounded_but_one_request_may_always_wait(
 
 
 def test_what_waits_too_long_ends_and_what_runs_goes_on(
-    fresh: Callable[..., AsyncEngine], run: Run[Any], alone: list[list[int]]
+    fresh: Callable[..., AsyncEngine], run: Run, alone: list[list[int]]
 ) -> None:
     engine = fresh(queue_timeout_s=0.05)
 
@@ -339,7 +273,7 @@ def test_what_waits_too_long_ends_and_what_runs_goes_on(
     assert at_rest(engine)
 
 
-def test_what_runs_too_long_ends_with_what_it_has(engine: AsyncEngine, run: Run[Any], alone: list[list[int]]) -> None:
+def test_what_runs_too_long_ends_with_what_it_has(engine: AsyncEngine, run: Run, alone: list[list[int]]) -> None:
     async def ask() -> tuple[Output, Output]:
         with Gate(engine) as gate:
             ticket = engine.submit(PROMPTS[1], LONG, timeout_s=0.05)
@@ -358,7 +292,7 @@ def test_what_runs_too_long_ends_with_what_it_has(engine: AsyncEngine, run: Run[
 
 
 def test_a_drained_engine_refuses_finishes_and_stays_drained(
-    fresh: Callable[..., AsyncEngine], run: Run[Any], alone: list[list[int]]
+    fresh: Callable[..., AsyncEngine], run: Run, alone: list[list[int]]
 ) -> None:
     engine = fresh()
 
@@ -377,7 +311,7 @@ def test_a_drained_engine_refuses_finishes_and_stays_drained(
     assert engine.health().status == "draining"
 
 
-def test_a_drain_aborts_at_its_deadline(fresh: Callable[..., AsyncEngine], run: Run[Any]) -> None:
+def test_a_drain_aborts_at_its_deadline(fresh: Callable[..., AsyncEngine], run: Run) -> None:
     engine = fresh()
 
     async def ask() -> list[Output]:
@@ -388,7 +322,7 @@ def test_a_drain_aborts_at_its_deadline(fresh: Callable[..., AsyncEngine], run: 
     assert [out.finish_reason for out in run(ask())] == [Finish.ABORT] * len(PROMPTS)
 
 
-def test_close_ends_all_that_is_there_and_the_thread(fresh: Callable[..., AsyncEngine], run: Run[Any]) -> None:
+def test_close_ends_all_that_is_there_and_the_thread(fresh: Callable[..., AsyncEngine], run: Run) -> None:
     before = set(threading.enumerate())
     engine = fresh()
     assert [thread.name for thread in set(threading.enumerate()) - before] == ["dlx-engine"]
@@ -409,7 +343,7 @@ def test_close_ends_all_that_is_there_and_the_thread(fresh: Callable[..., AsyncE
         run(engine.start())
 
 
-def test_an_engine_that_was_not_started_says_so_and_closes(nano: Path, run: Run[Any]) -> None:
+def test_an_engine_that_was_not_started_says_so_and_closes(nano: Path, run: Run) -> None:
     engine = AsyncEngine(configured(nano))
     assert engine.health() == ("new", "not started")
     with pytest.raises(EngineError, match="the engine is new"):
@@ -418,7 +352,7 @@ def test_an_engine_that_was_not_started_says_so_and_closes(nano: Path, run: Run[
     run(engine.close())
 
 
-def test_a_start_that_fails_raises_what_loading_raised(tmp_path: Path, run: Run[Any]) -> None:
+def test_a_start_that_fails_raises_what_loading_raised(tmp_path: Path, run: Run) -> None:
     before = set(threading.enumerate())
     engine = AsyncEngine(configured(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="nowhere does not exist"):
@@ -429,7 +363,7 @@ def test_a_start_that_fails_raises_what_loading_raised(tmp_path: Path, run: Run[
     assert set(threading.enumerate()) == before
 
 
-def test_an_engine_that_is_closed_while_it_starts_ends(nano: Path, run: Run[Any]) -> None:
+def test_an_engine_that_is_closed_while_it_starts_ends(nano: Path, run: Run) -> None:
     before = set(threading.enumerate())
     engine = AsyncEngine(configured(nano))
 
@@ -446,7 +380,7 @@ def test_an_engine_that_is_closed_while_it_starts_ends(nano: Path, run: Run[Any]
     assert set(threading.enumerate()) == before
 
 
-def test_an_engine_is_a_context(nano: Path, run: Run[Any], alone: list[list[int]]) -> None:
+def test_an_engine_is_a_context(nano: Path, run: Run, alone: list[list[int]]) -> None:
     async def ask() -> list[int]:
         async with AsyncEngine(configured(nano)) as engine:
             return (await answered(engine.submit(PROMPTS[2], LONG))).token_ids

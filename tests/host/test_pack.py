@@ -173,6 +173,7 @@ def test_graphs_that_torch_cannot_load_are_told_of(
         {"page_size": 32},
         {"num_pages": 5},
         {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "fp8"},
         {"forwards": 4},
         {"policy": "multi_bd"},
         {"policy": replace(POLICIES["single_bd"], select=Fixed(2))},

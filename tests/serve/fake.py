@@ -114,7 +114,7 @@ class FakeEngine:
         return Output(request.id, request.prompt, text, list(ids), end, tokens, -(-tokens // 2), 1, times, stop)
 
     def abort(self, id: int) -> None:
-        if id in self.open:
+        if id in self.open and not self.open[id].done():
             self.aborted.append(id)
             self.open[id].cancel()
 
