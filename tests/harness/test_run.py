@@ -117,6 +117,12 @@ def test_another_checkpoint_than_the_run_file_says_is_refused(nano: Path, given:
         evaluation(options(tasks=("tiny_add2",), limit=1, llm={"model": nano, **CPU}, **given))
 
 
+def test_without_lm_eval_the_command_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlx.harness.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run pip install 'dlx\[eval\]'"):
+        evaluation(options())
+
+
 def test_an_unknown_parameter_is_refused() -> None:
     with pytest.raises(ConfigError, match="params has 'beams', which SamplingParams has not; use max_tokens,"):
         evaluation(options(params={"beams": 4}))
