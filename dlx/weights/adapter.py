@@ -134,6 +134,7 @@ def install(net: nn.Module, adapters: Sequence[Adapter], places: Mapping[str, Pl
         like = next(x for x in net.parameters() if x.dtype in (torch.float32, torch.bfloat16))
         a, b = (x.flatten(0, 2).to(layer.weight.device, like.dtype) for x in (a, b))
         layer.adapters = LowRank(a, b, len(of))
+        net.plain = False
 
 
 def _refuse(path: Path, config: Json) -> None:

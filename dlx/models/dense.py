@@ -1,0 +1,171 @@
+"""A stack of layers without experts and adapters: functions of tensors, and ops as which the compilers see them whole.
+
+    few rows   six ops a layer, between which Inductor has nothing to do: the stack is one op that runs them
+    many rows  matmuls by cuBLAS, the rest by Inductor: a layer is compiled once a shape, and the op runs it for each
+
+So the compilers see as much of 36 layers as of one. Without them nothing of this is an op: the functions run as they
+stand. The ops only launch what can be captured; their first run compiles, which a capture's warm-up does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+from weakref import ReferenceType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dlx.models.attention import attend
+from dlx.models.layers import RMSNorm, linear, normalised
+from dlx.ops import OPS
+from dlx.ops.attention import View
+from dlx.ops.op import LIBRARY
+
+
+class Dense(NamedTuple):
+    """The tensors of a layer; see Attention, MLP and Linear for their shapes. None is not there."""
+
+    attn_gain: Tensor
+    qkv: Tensor
+    qkv_scale: Tensor | None
+    qkv_bias: Tensor | None
+    q_gain: Tensor | None
+    k_gain: Tensor | None
+    kv_scales: Tensor | None
+    out: Tensor
+    out_scale: Tensor | None
+    mlp_gain: Tensor
+    gate_up: Tensor
+    gate_up_scale: Tensor | None
+    down: Tensor
+    down_scale: Tensor | None
+
+
+def narrow(
+    layers: Sequence[Dense], h: Tensor, a: Tensor, squares: Tensor, last: Tensor, view: View, frequencies: Tensor,
+    kv: Sequence[Tensor], eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Few rows: our matmuls, with norms, residual and SwiGLU fused into them.
+
+    h [T, E]     the stream
+    a [T, E]     h · gain of the first norm        squares [T, parts] of h
+    last [E]     the gain of the norm that comes after the layers
+    → a, squares that this norm takes
+    """
+    B, C = view.seen.shape
+    for w, after, pages in zip(layers, [*(w.attn_gain for w in layers[1:]), last], kv, strict=True):
+        qkv = OPS["project"](a, squares, w.qkv, eps, False, w.qkv_scale, w.qkv_bias)
+        y = attend(qkv.view(B, C, -1), w.q_gain, w.k_gain, w.kv_scales, view, frequencies, pages, eps)
+        h, a, squares = OPS["accumulate"](y.flatten(0, 1), w.out, h, w.mlp_gain, w.out_scale)
+        y = OPS["project"](a, squares, w.gate_up, eps, True, w.gate_up_scale)
+        h, a, squares = OPS["accumulate"](y, w.down, h, after, w.down_scale)
+    return a, squares
+
+
+def wide(
+    w: Dense, x: Tensor, more: Tensor, view: View, frequencies: Tensor, pages: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Many rows, one layer: the stream is x + more [B, C, E] before and after it, so that a sum and the norm that
+    follows are one kernel across layers too."""
+    x = x + more
+    qkv = linear(normalised(x, w.attn_gain, eps), w.qkv, w.qkv_scale, w.qkv_bias)
+    y = attend(qkv, w.q_gain, w.k_gain, w.kv_scales, view, frequencies, pages, eps)
+    x = x + linear(y, w.out, w.out_scale)
+    gate, up = linear(normalised(x, w.mlp_gain, eps), w.gate_up, w.gate_up_scale).chunk(2, -1)
+    return x, linear(F.silu(gate) * up, w.down, w.down_scale)
+
+
+class Stack(Protocol):
+    """A network as the ops see it."""
+
+    eps: float
+    norm: RMSNorm
+
+    def dense(self) -> list[Dense]: ...
+
+
+# By a tensor that the network alone has. Ops take tensors and numbers: hundreds of weights as arguments would cost each
+# graph a second to trace, and a number in place of the network would differ between processes, so no pack would fit.
+STACKS: MutableMapping[Tensor, ReferenceType[Stack]] = WeakTensorKeyDictionary()
+
+
+def narrow_stack(
+    net: Stack, h: Tensor, a: Tensor, squares: Tensor, view: View, frequencies: Tensor, kv: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`narrow` of a network's layers, which the compilers see as one op."""
+    if torch.compiler.is_compiling():
+        return torch.ops.dlx.narrow_layers(h, a, squares, view.pos, view.pages, view.seen, frequencies, kv)
+    return narrow(net.dense(), h, a, squares, net.norm.weight, view, frequencies, kv, net.eps)
+
+
+def wide_stack(net: Stack, x: Tensor, view: View, frequencies: Tensor, kv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`wide` of a network's layers but the last, which the compilers see as one op.
+
+    The last one stands before them, so that they leave out what nobody asks for: a prompt's last layer only stores.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.dlx.wide_layers(x, view.pos, view.pages, view.seen, frequencies, kv)
+    return _through(wide, net.dense(), x, view, frequencies, kv, net.eps)
+
+
+def _through(
+    layer: Callable[..., tuple[Tensor, Tensor]], layers: Sequence[Dense], x: Tensor, view: View, frequencies: Tensor,
+    kv: Sequence[Tensor], eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, more = x.clone(), torch.zeros_like(x)
+    for w, pages in zip(layers, kv, strict=False):
+        x, more = layer(w, x, more, view, frequencies, pages, eps)
+    return x, more
+
+
+def _narrow(
+    h: Tensor, a: Tensor, squares: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, frequencies: Tensor,
+    kv: list[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    net = _stack(frequencies)
+    view = View(pos, pages, seen)
+    return narrow(net.dense(), h, a, squares, net.norm.weight, view, frequencies, kv, net.eps)
+
+
+def _wide(
+    x: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, frequencies: Tensor, kv: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    net = _stack(frequencies)
+    return _through(_compiled(), net.dense(), x, View(pos, pages, seen), frequencies, kv, net.eps)
+
+
+def _stack(frequencies: Tensor) -> Stack:
+    net = STACKS[frequencies]()
+    assert net is not None, "a network's graph outlived it"
+    return net
+
+
+def _narrow_fake(h: Tensor, a: Tensor, squares: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(squares)
+
+
+def _wide_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """One layer through Inductor, once a shape; under the settings of who compiles what it stands in."""
+    return torch.compile(wide, fullgraph=True, dynamic=False)
+
+
+def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    run.__annotations__ = inspect.get_annotations(run, eval_str=True)  # a schema wants types, not strings
+    LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=("kv",)))
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"dlx::{name}", fake, lib=LIBRARY)
+
+
+_define("narrow_layers", _narrow, _narrow_fake)
+_define("wide_layers", _wide, _wide_fake)
