@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import cast
-from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from dlx.models.attention import Attention
 from dlx.models.card import Card
-from dlx.models.dense import STACKS, Dense, narrow_stack, wide, wide_stack
+from dlx.models.dense import Dense, narrow_stack, numbered, wide, wide_stack
 from dlx.models.layers import MLP, MoE, RMSNorm, parameter
 from dlx.ops.attention import View
 from dlx.ops.linear import MOST_ROWS, squared
@@ -66,7 +65,7 @@ class Decoder(nn.Module):
         self.lm_head = self.table if card.tied else parameter(card.vocab, card.hidden, device=device, dtype=dtype)
         half = torch.arange(0, card.rotary, 2, dtype=torch.float32, device=device) / card.rotary
         self.register_buffer("frequencies", card.theta**-half, persistent=False)
-        STACKS[self.frequencies] = ref(self)
+        self.number = numbered(self)
 
     def embed(self, tok: Tensor) -> Tensor:
         """Ids [B, C] int32 → [B, C, E]."""
@@ -80,7 +79,7 @@ class Decoder(nn.Module):
         h, squares = x.flatten(0, 1), squared(x.flatten(0, 1))
         a = h * self.layers[0].attn_norm.weight
         if self.plain:
-            a, squares = narrow_stack(self, h, a, squares, view, self.frequencies, kv)
+            a, squares = narrow_stack(self, h, a, squares, view, kv)
         else:
             a, squares = self._narrow(h, a, squares, view, kv)
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[-1] + self.eps)
@@ -114,7 +113,7 @@ class Decoder(nn.Module):
     def _wide(self, x: Tensor, view: View, kv: tuple[Tensor, ...]) -> Tensor:
         """Many rows: matmuls by cuBLAS, what is between them by Inductor."""
         if self.plain:
-            x, more = wide_stack(self, x, view, self.frequencies, kv[:-1])
+            x, more = wide_stack(self, x, view, kv[:-1])
             x, more = wide(self.layers[-1].dense(), x, more, view, self.frequencies, kv[-1], self.eps)
             return x + more
         slot = None if view.lora is None else view.lora[:, None]

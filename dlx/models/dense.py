@@ -10,15 +10,15 @@ stand. The ops only launch what can be captured; their first run compiles, which
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple, Protocol
-from weakref import ReferenceType
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dlx.models.attention import attend
 from dlx.models.layers import RMSNorm, linear, normalised
@@ -83,73 +83,73 @@ def wide(
 class Stack(Protocol):
     """A network as the ops see it."""
 
+    number: Tensor
     eps: float
     norm: RMSNorm
+    frequencies: Tensor
 
     def dense(self) -> list[Dense]: ...
 
 
-# By a tensor that the network alone has. Ops take tensors and numbers: hundreds of weights as arguments would cost each
-# graph a second to trace, and a number in place of the network would differ between processes, so no pack would fit.
-STACKS: MutableMapping[Tensor, ReferenceType[Stack]] = WeakTensorKeyDictionary()
+# Networks by numbers that the ops are told as tensors. With hundreds of weights for arguments each graph takes a second
+# more to trace; with plain numbers, which differ from process to process, a graph of one would not serve another.
+NETWORKS: WeakValueDictionary[int, Stack] = WeakValueDictionary()
+COUNT = count()
+
+
+def numbered(net: Stack) -> Tensor:
+    """The number by which the ops find a network, for as long as it lives; on the host, where they read it."""
+    n = next(COUNT)
+    NETWORKS[n] = net
+    return torch.tensor(n, device="cpu")
 
 
 def narrow_stack(
-    net: Stack, h: Tensor, a: Tensor, squares: Tensor, view: View, frequencies: Tensor, kv: Sequence[Tensor]
+    net: Stack, h: Tensor, a: Tensor, squares: Tensor, view: View, kv: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """`narrow` of a network's layers, which the compilers see as one op."""
     if torch.compiler.is_compiling():
-        return torch.ops.dlx.narrow_layers(h, a, squares, view.pos, view.pages, view.seen, frequencies, kv)
-    return narrow(net.dense(), h, a, squares, net.norm.weight, view, frequencies, kv, net.eps)
+        return torch.ops.dlx.narrow_layers(net.number, h, a, squares, view.pos, view.pages, view.seen, kv)
+    return narrow(net.dense(), h, a, squares, net.norm.weight, view, net.frequencies, kv, net.eps)
 
 
-def wide_stack(net: Stack, x: Tensor, view: View, frequencies: Tensor, kv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def wide_stack(net: Stack, x: Tensor, view: View, kv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`wide` of a network's layers but the last, which the compilers see as one op.
 
     The last one stands before them, so that they leave out what nobody asks for: a prompt's last layer only stores.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.dlx.wide_layers(x, view.pos, view.pages, view.seen, frequencies, kv)
-    return _through(wide, net.dense(), x, view, frequencies, kv, net.eps)
+        return torch.ops.dlx.wide_layers(net.number, x, view.pos, view.pages, view.seen, kv)
+    return _through(wide, net, x, view, kv)
 
 
 def _through(
-    layer: Callable[..., tuple[Tensor, Tensor]], layers: Sequence[Dense], x: Tensor, view: View, frequencies: Tensor,
-    kv: Sequence[Tensor], eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layer: Callable[..., tuple[Tensor, Tensor]], net: Stack, x: Tensor, view: View, kv: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     x, more = x.clone(), torch.zeros_like(x)
-    for w, pages in zip(layers, kv, strict=False):
-        x, more = layer(w, x, more, view, frequencies, pages, eps)
+    for w, pages in zip(net.dense(), kv, strict=False):
+        x, more = layer(w, x, more, view, net.frequencies, pages, net.eps)
     return x, more
 
 
 def _narrow(
-    h: Tensor, a: Tensor, squares: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, frequencies: Tensor,
-    kv: list[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    net = _stack(frequencies)
-    view = View(pos, pages, seen)
-    return narrow(net.dense(), h, a, squares, net.norm.weight, view, frequencies, kv, net.eps)
+    number: Tensor, h: Tensor, a: Tensor, squares: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    net = NETWORKS[int(number)]
+    return narrow(net.dense(), h, a, squares, net.norm.weight, View(pos, pages, seen), net.frequencies, kv, net.eps)
 
 
 def _wide(
-    x: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, frequencies: Tensor, kv: list[Tensor]
+    number: Tensor, x: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    net = _stack(frequencies)
-    return _through(_compiled(), net.dense(), x, View(pos, pages, seen), frequencies, kv, net.eps)
+    return _through(_compiled(), NETWORKS[int(number)], x, View(pos, pages, seen), kv)
 
 
-def _stack(frequencies: Tensor) -> Stack:
-    net = STACKS[frequencies]()
-    assert net is not None, "a network's graph outlived it"
-    return net
-
-
-def _narrow_fake(h: Tensor, a: Tensor, squares: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _narrow_fake(number: Tensor, h: Tensor, a: Tensor, squares: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), torch.empty_like(squares)
 
 
-def _wide_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _wide_fake(number: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
