@@ -1,10 +1,10 @@
-"""A stack of layers without experts and adapters: functions of tensors, and ops as which the compilers see them whole.
+"""Layers without experts and adapters: functions of tensors, and ops as which the compilers see all of them at once.
 
-    few rows   six ops a layer, between which Inductor has nothing to do: the stack is one op that runs them
-    many rows  matmuls by cuBLAS, the rest by Inductor: a layer is compiled once a shape, and the op runs it for each
+    few rows   six ops a layer, between which Inductor has nothing to do: one op runs them all
+    many rows  matmuls by cuBLAS, the rest by Inductor: a layer is compiled once a shape, and one op runs it for each
 
-So the compilers see as much of 36 layers as of one. Without them nothing of this is an op: the functions run as they
-stand. The ops only launch what can be captured; their first run compiles, which a capture's warm-up does.
+So to the compilers 36 layers are no more than one. Where nothing is compiled nothing of this is an op. The first run of
+an op may compile, which the warm-up of a capture does; after that it only launches.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ COUNT = count()
 
 
 def numbered(net: Stack) -> Tensor:
-    """The number by which the ops find a network, for as long as it lives; on the host, where they read it."""
+    """The number by which the ops find a network, for as long as it lives; on the host, where they read it.
+
+    It comes last: Inductor takes an op to run where its first argument lies.
+    """
     n = next(COUNT)
     NETWORKS[n] = net
     return torch.tensor(n, device="cpu")
@@ -109,7 +112,7 @@ def narrow_stack(
 ) -> tuple[Tensor, Tensor]:
     """`narrow` of a network's layers, which the compilers see as one op."""
     if torch.compiler.is_compiling():
-        return torch.ops.dlx.narrow_layers(net.number, h, a, squares, view.pos, view.pages, view.seen, kv)
+        return torch.ops.dlx.narrow_layers(h, a, squares, view.pos, view.pages, view.seen, kv, net.number)
     return narrow(net.dense(), h, a, squares, net.norm.weight, view, net.frequencies, kv, net.eps)
 
 
@@ -119,7 +122,7 @@ def wide_stack(net: Stack, x: Tensor, view: View, kv: Sequence[Tensor]) -> tuple
     The last one stands before them, so that they leave out what nobody asks for: a prompt's last layer only stores.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.dlx.wide_layers(net.number, x, view.pos, view.pages, view.seen, kv)
+        return torch.ops.dlx.wide_layers(x, view.pos, view.pages, view.seen, kv, net.number)
     return _through(wide, net, x, view, kv)
 
 
@@ -133,23 +136,23 @@ def _through(
 
 
 def _narrow(
-    number: Tensor, h: Tensor, a: Tensor, squares: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor]
+    h: Tensor, a: Tensor, squares: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor], number: Tensor
 ) -> tuple[Tensor, Tensor]:
     net = NETWORKS[int(number)]
     return narrow(net.dense(), h, a, squares, net.norm.weight, View(pos, pages, seen), net.frequencies, kv, net.eps)
 
 
 def _wide(
-    number: Tensor, x: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor]
+    x: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor], number: Tensor
 ) -> tuple[Tensor, Tensor]:
     return _through(_compiled(), NETWORKS[int(number)], x, View(pos, pages, seen), kv)
 
 
-def _narrow_fake(number: Tensor, h: Tensor, a: Tensor, squares: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _narrow_fake(h: Tensor, a: Tensor, squares: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), torch.empty_like(squares)
 
 
-def _wide_fake(number: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _wide_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 

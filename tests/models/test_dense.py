@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlx.config import Config
+from dlx.graphs.prefill import Stretch, batches, fill_, pack
 from dlx.models import dense
 from dlx.models.decoder import Decoder
 from dlx.ops.linear import squared
@@ -31,7 +32,7 @@ def arguments(worker: Worker, op: str, C: int) -> tuple[Any, ...]:
     pages = torch.arange(worker.shapes.W, dtype=torch.int32)[None]
     x = h[None].clone()
     stream = (x,) if op == "wide_layers" else (h, h * net.layers[0].attn_norm.weight, squared(h))
-    return (net.number, *stream, pos, pages, pos + 1, [torch.zeros_like(pages) for pages in kv])
+    return (*stream, pos, pages, pos + 1, [torch.zeros_like(pages) for pages in kv], net.number)
 
 
 @pytest.mark.parametrize("op", ["narrow_layers", "wide_layers"])
@@ -51,7 +52,7 @@ def test_a_layer_for_many_rows_computes_what_one_for_few_rows_does(
     x, more = torch.ops.dlx.wide_layers(*many)
     a = a * torch.rsqrt(squares.sum(1, keepdim=True) / a.shape[1] + worker.card.eps)
     torch.testing.assert_close(worker.net.norm(x + more)[0], a, rtol=1e-4, atol=1e-4)
-    for one, other in zip(few[-1], many[-1], strict=True):
+    for one, other in zip(few[-2], many[-2], strict=True):
         assert one.any()
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -72,6 +73,26 @@ def test_a_layer_is_compiled_once_for_all_that_are_like_it(worker: Worker, monke
     assert len(graphs) == 1
     torch.ops.dlx.wide_layers(*arguments(worker, "wide_layers", 32))
     assert len(graphs) == 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_prompt_stores_what_an_eager_one_does(nano: Path) -> None:
+    T, stored = 512, []
+    for graphs in ("off", "compile"):
+        config = Config.from_args(nano, "single_bd", graphs, device="cpu", max_num_seqs=1, max_model_len=1024)
+        worker = Worker(config)
+        C, W = worker.shapes.C, worker.shapes.W
+        ids = torch.randint(0, 100, (2, T), generator=torch.Generator().manual_seed(0)).tolist()
+        key = worker._prefill_graph(T)
+        for tok, start in zip(ids, (0, T), strict=True):
+            stretches = list(batches([Stretch(tok, start, list(range(W)))], C, T // C))
+            fill_(worker.prompts[T], pack(stretches[0], T // C, C, W))
+            worker.graphs.replay(key)
+        stored.append(worker.kv)
+    for eager, compiled in zip(*stored, strict=True):
+        assert eager.any()
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_that_is_gone_leaves_nothing_behind(nano: Path) -> None:
