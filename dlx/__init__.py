@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dlx.async_engine import AsyncEngine
     from dlx.errors import (
+        BusyError,
         CapacityError,
         ConfigError,
         DlxError,
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
     from dlx.graphs.policies import Policy
     from dlx.llm import LLM
     from dlx.request import Chunk, Output, SamplingParams
+    from dlx.session import DecodeSession
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
+    "BusyError",
     "CapacityError",
     "Chunk",
     "ConfigError",
+    "DecodeSession",
     "DlxError",
     "EngineError",
     "ModelError",
@@ -40,6 +46,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "dlx.async_engine",
+    "DecodeSession": "dlx.session",
     "LLM": "dlx.llm",
     "Policy": "dlx.graphs.policies",
     "SamplingParams": "dlx.request",

@@ -1,99 +1,46 @@
-"""What an engine is built with: checked once, frozen, never rewritten. The only reader of the environment."""
+"""What an engine is built with: settings with nothing left open, checked once, frozen, never rewritten."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import ConfigDict, InstanceOf, ValidationError
 
+from dlx.environment import environment
 from dlx.errors import ConfigError, PolicyError
-from dlx.graphs.capture import MODES, Mode
+from dlx.graphs.modes import MODES, Mode
 from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.graphs.rules import SubBlock, Within
 from dlx.models.card import Card
+from dlx.settings import Dtype, KvDtype, Settings
 from dlx.weights.hub import fetched
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-Dtype = Literal["float32", "bfloat16"]
+KV_DTYPES: dict[KvDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
-class Environment(NamedTuple):
-    """What dlx reads of the process environment."""
+class Config(Settings, frozen=True):
+    """The resolved configuration of one engine; `from_args` builds it.
 
-    threads: int | None  # OMP_NUM_THREADS, where it is a number
-    pack: Path | None  # DLX_PACK, what Config.pack is by default
-
-
-def environment() -> Environment:
-    """Read the environment now."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    pack = os.environ.get("DLX_PACK")
-    return Environment(int(threads) if threads.isdigit() and int(threads) > 0 else None, Path(pack) if pack else None)
-
-
-class Config(BaseModel):
-    """The resolved configuration of one engine; `from_args` builds it. Sizes in tokens, pages and rows.
-
-    model         checkpoint folder, or ORG/NAME at huggingface.co
-    policy        decoding strategy, not yet bound to a card; None takes the model's
-    graphs        off: eager; compile: Inductor; capture: Inductor and CUDA graphs
-    device, dtype where and in what the network runs
-    block_length  tokens a block, of those the model was trained for; None takes the policy's or the card's
-    max_num_seqs  rows that decode at once
-    max_model_len tokens of prompt and answer; None takes the model's, 4096 at most
-    page_size     tokens a K/V page, a multiple of the block length; None takes the first from 16 on
-    num_pages     pages in the pool; None takes what max_num_seqs rows need and memory allows
-    prefix_caching  keep the K/V pages of finished prefixes, and find them again
-    max_num_batched_tokens  of prompts that a launch prefills beside what decodes; one stretch of them at least
-    batch_invariant  launches of one shape, whatever runs beside a request: the same tokens alone and in any batch
-    forwards      that one launch may run on the device before the host reads what it committed
-    unroll        run the forwards of a launch one after the other, so that a profile shows each
-    pack          folder of a pack, or of packs, that `dlx pack` wrote: graphs are read from it instead of compiled;
-                  None takes $DLX_PACK
-    quantization  fp8: weights of the layers in e4m3 with a scale a row, quantised while they are read; None leaves them
-    load_format   safetensors, or dummy: random weights of the true shape
-    seed          of dummy weights
-    check_weights refuse NaN and infinities, tensor by tensor
-    lora          folder of a LoRA adapter (PEFT), or ORG/NAME, merged into the weights as they are read
-    adapters      name → folder of a LoRA adapter, or ORG/NAME, that requests may ask for by name
+    A subclass, for it is the same fields, which are described in `Settings`: those below are no longer open, and the
+    policy is a value, not yet bound to a card.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    model: Path
-    policy: InstanceOf[Policy] | None
-    graphs: Mode
-    device: str
-    dtype: Dtype
-    block_length: int | None = Field(default=None, strict=True, ge=1, le=256)
-    max_num_seqs: int = Field(default=8, strict=True, ge=1, le=1024)
-    max_model_len: int | None = Field(default=None, strict=True, ge=1)
-    page_size: int | None = Field(default=None, strict=True, ge=1, le=1024)
-    num_pages: int | None = Field(default=None, strict=True, ge=1, lt=2**31)
-    prefix_caching: bool = Field(
-        default=True, strict=True, description="keep the K/V pages of finished prefixes, and find them again"
-    )
-    max_num_batched_tokens: int = Field(
-        default=2048, strict=True, ge=1, description="tokens of prompts that a launch prefills beside what decodes"
-    )
-    batch_invariant: bool = Field(
-        default=False,
-        strict=True,
-        description="launches of one shape, whatever runs beside a request: the same tokens alone and in any batch",
-    )
-    forwards: int = Field(default=1, strict=True, ge=1, le=4096)
-    unroll: bool = Field(default=False, strict=True)
-    pack: Path | None = None
-    quantization: Literal["fp8"] | None = None
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
-    seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
-    check_weights: bool = Field(default=False, strict=True)
-    lora: Path | None = None
-    adapters: dict[str, Path] = Field(default={}, max_length=64)
+    model: Path = TINY
+    policy: InstanceOf[Policy] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  named before
+    graphs: Mode = "off"
+    device: str = "cpu"
+    dtype: Dtype = "float32"
 
     @staticmethod
     def from_args(
@@ -130,17 +77,22 @@ class Config(BaseModel):
 
     def check(self) -> None:
         """Raise ConfigError for what this machine cannot do."""
-        kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (":" in self.device and not index.isdecimal()):
-            raise ConfigError(f"device={self.device!r} is not supported; use cpu or cuda")
+        super().check()
+        kind = self.device.partition(":")[0]
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r} is not there: torch sees no CUDA device; use device='cpu'")
-        if "" in self.adapters:
-            raise ConfigError("adapters has an empty name; give each a name that requests can ask for")
-        if self.lora is not None and self.load_format == "dummy":
+        if self.kv_cache_dtype == "bf16" and self.dtype != "bfloat16":
             raise ConfigError(
-                f"lora={str(self.lora)!r} cannot be merged into random weights; use adapters, or a checkpoint"
+                f"kv_cache_dtype='bf16' does not go with dtype={self.dtype!r}; use fp8_e4m3 or fp8_e5m2, "
+                "or dtype='bfloat16'"
             )
+        if kind == "cuda" and self.kv_dtype == torch.float8_e4m3fn:
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if (major, minor) < (8, 9):
+                raise ConfigError(
+                    f"kv_cache_dtype={self.kv_cache_dtype!r} needs a GPU of sm_89 or above, and {self.device} is "
+                    f"sm_{major}{minor}; use kv_cache_dtype='fp8_e5m2'"
+                )
         if self.graphs == "capture" and kind != "cuda":
             raise ConfigError(
                 f"graphs='capture' needs a CUDA device, not {self.device}; use one of {', '.join(MODES[:2])}"
@@ -156,8 +108,13 @@ class Config(BaseModel):
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of K/V pages."""
+        return self.torch_dtype if self.kv_cache_dtype is None else KV_DTYPES[self.kv_cache_dtype]
 
-assert set(get_args(Mode)) == set(MODES)
+
+assert set(get_args(KvDtype)) == set(KV_DTYPES)
 
 
 class Geometry(NamedTuple):

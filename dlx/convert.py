@@ -23,6 +23,7 @@ from dlx.models import family
 from dlx.models.card import Card, Place
 from dlx.models.families import OWN_FP8
 from dlx.models.layers import Linear
+from dlx.network import outline
 from dlx.weights.fp8 import quantised, scale_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,12 +58,8 @@ def convert(
         raise ModelError(f"{model} is in fp8 already; convert the checkpoint that it was made of")
     if fp8 and card.gemma is not None:
         raise ConfigError(f"fp8 is not there for {card.family} ({model}); convert it without")
-    kind = family(card.arch)
-    net = kind.build(card, torch.device("meta"), torch.bfloat16)
-    params = dict(net.named_parameters())
-    named, stored = kind.places(card), weights.index(model)
-    places = weights.chosen(weights.layout(raw, named, params), kind.stacked(card), stored)
-    weights.check(model, stored, places, params, kind.skipped)
+    net, places, stored = outline(model, card, raw, torch.bfloat16)
+    params, named = dict(net.named_parameters()), family(card.arch).places(card)
     deltas = {} if lora is None else weights.Adapter.open(lora, named).deltas(named)
     of: dict[str, dict[str, Place]] = {}
     for name, place in places.items():

@@ -1,26 +1,45 @@
-"""The loop: plan, launch, harvest. On a GPU one step overlaps: launch t + 1 is sent before t is read."""
+"""The loop: plan, launch, harvest. On a GPU one step overlaps: launch t + 1 is sent before t is read.
+
+A step that fails ends the requests that were in it, and no other: they get a last chunk with `Finish.ERROR` and the
+cause in a line. A device that does not answer after that, or FAILURES steps in a row, break the engine for good.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import time
-from collections.abc import Callable
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
 
 from dlx import weights
+from dlx.answer import Answers
 from dlx.config import Config
+from dlx.errors import EngineError
 from dlx.observe import span
 from dlx.pages import PagePool
-from dlx.plan import Plan
-from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings
+from dlx.plan import Plan, Reply
+from dlx.request import Chunk, Finish, Request, SamplingParams, Window
 from dlx.scheduler import Scheduler
-from dlx.tokenizer import TextStream, Tokenizer
+from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
+
+log = logging.getLogger(__name__)
+
+FAILURES = 3  # failed steps in a row after which no other is tried
 
 
 class Engine:
-    """Requests in, chunks out; the caller owns the loop and calls `step` until `idle`."""
+    """Requests in, chunks out; the caller owns the loop and calls `step` until `idle`.
 
-    def __init__(self, config: Config) -> None:
+    text  chunks and outputs hold text; without, it is empty where no stop strings are asked for
+    """
+
+    def __init__(self, config: Config, text: bool = True) -> None:
         weights.read_config(config.model)  # first, for the plainer word on a folder that is not there
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
@@ -32,101 +51,210 @@ class Engine:
             w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
             2 * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
         )  # fmt: skip
+        self.broken = ""  # why no further step is taken
+        self.cause: Exception | None = None  # of the last failure
+        self._failures = 0  # in a row
+        self._pid = os.getpid()
         self._ids = itertools.count()
-        self._text: dict[int, tuple[TextStream, list[str]]] = {}
+        self._answers = Answers(self.tokenizer, text)
+        self.counts: Counter[str] = Counter()  # tokens, and denoise forwards of each request, so far
+        self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
+
+    def prepare(self) -> None:
+        """Make all graphs now, instead of with the first launch that needs them."""
+        if self.worker.config.graphs != "off":
+            self.worker.prepare(self.worker.shapes.rows, self.worker.shapes.tokens)
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return self.scheduler.idle
+        """Nothing waits, nothing runs, nothing is to be told."""
+        return self.scheduler.idle and not self._due
 
-    def add_all(self, requests: list[tuple[list[int], SamplingParams]]) -> list[int]:
+    def request(self, prompt: list[int], params: SamplingParams, watch: bool = False) -> Request:
+        """A checked request with a number, for `add`. May be called from any thread.
+
+        watch  it gets a chunk from every launch, with its window
+        Raises RequestError  if it can never run
+        Raises EngineError   if the engine is broken, or belongs to the process that this one was forked from
+        """
+        if self.broken:
+            raise EngineError(self.broken)
+        if os.getpid() != self._pid:
+            raise EngineError(
+                "the process was forked, and an engine belongs to the process that built it; build another"
+            )
+        request = Request(next(self._ids), prompt, params, time.monotonic(), watch)
+        self.scheduler.check(request)
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queue what `request` returned."""
+        self.scheduler.add(request)
+        self._answers.open(request)
+
+    def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
 
+        watch  they get a chunk from every launch, with their windows
         Raises RequestError  for one that can never run
         """
-        fresh = [Request(next(self._ids), ids, params, time.monotonic()) for ids, params in requests]
+        fresh = [self.request(ids, params, watch) for ids, params in requests]
         for request in fresh:
-            self.scheduler.check(request)
-        for request in fresh:
-            self.scheduler.add(request)
-            self._text[request.id] = (self.tokenizer.stream(), [])
+            self.add(request)
         return [request.id for request in fresh]
 
-    def abort(self, id: int) -> None:
-        """Drop a request that has not finished; others go on. Unknown numbers are ignored."""
-        if self._text.pop(id, None) is not None:
-            slot = self.scheduler.abort(id)
-            self.worker.rows.forget(id)
-            if slot is not None:
-                self.worker.stop(slot)
+    def abort(self, id: int, finish: Finish = Finish.ABORT) -> Chunk | None:
+        """End a request that has not finished; others go on. Its last chunk; None if the number is unknown by now."""
+        if id not in self._answers:
+            return None
+        chunk, slot = self._end(self._answers[id], finish)
+        self._stop([slot])
+        return chunk
 
-    def step(self, watch: bool = False) -> list[Chunk]:
-        """One turn of the loop; what it committed. With `watch`, chunks also hold the undecided window, one a turn."""
+    def step(self) -> list[Chunk]:
+        """One turn of the loop; what it committed, and the windows of those who are watched.
+
+        Raises EngineError  if the engine is broken
+        """
+        if self.broken:
+            return self._rest()
         if self.before_turn is not None:
             self.before_turn()
-        with span("plan"):
-            plan = self.scheduler.plan()
-        if plan is not None:
-            self._launch(plan)
-        chunks: list[Chunk] = []
-        while self.worker.in_flight > (0 if watch or plan is None else self.lag):
-            if self.scheduler.idle:
-                self.worker.discard()
-                break
-            chunks += self._harvest(watch and self.worker.in_flight == 1)
+        plan = None
+        try:
+            with span("plan"):
+                plan = self.scheduler.plan()
+            if plan is not None:
+                self._launch(plan)
+        except Exception as error:
+            self._read(0)  # what the launches before have finished has not failed
+            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+        self._read(0 if plan is None else self.lag)
+        chunks, self._due = self._due, []
+        return chunks
+
+    def _rest(self) -> list[Chunk]:
+        """What a broken engine has yet to say."""
+        if not self._due:
+            raise EngineError(self.broken)
+        chunks, self._due = self._due, []
         return chunks
 
     def _launch(self, plan: Plan) -> None:
-        """Launch; if that fails, what was to be admitted waits again, and the rows that run are as they were."""
+        """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
         try:
             self.worker.launch(plan)
-        except BaseException:
-            for slot in (*plan.admit, *plan.resume, *plan.preempt):
-                self.worker.stop(slot)
-            self.scheduler.put_back(plan)
+        except BaseException as error:
+            self._stop([*plan.admit, *plan.resume, *plan.preempt])
+            if not isinstance(error, Exception):
+                self.scheduler.put_back(plan)
+            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
+            self._due += [self._end(self._answers[id], Finish.ERROR, _line(error))[0] for id in lost]
             raise
 
-    def _harvest(self, watch: bool) -> list[Chunk]:
-        plan, replies = self.worker.harvest()
-        with span("take"):
-            chunks = [self._chunk(r, ids) for r, ids in self.scheduler.take(plan.running, replies)]
-            if not watch:
-                return chunks
-            news = {chunk.id: chunk for chunk in chunks}
-            live = [(slot, r) for slot, r in plan.running.items() if r.finish is None or r.id in news]
-            return [self._watched(news, r, slot) for slot, r in live]
+    def _read(self, most: int) -> None:
+        """Harvest until so many launches are in flight."""
+        while self.worker.in_flight > most:
+            if self.scheduler.idle:
+                self.worker.discard()
+                break
+            self._harvest()
 
-    def _watched(self, news: dict[int, Chunk], request: Request, slot: int) -> Chunk:
-        chunk = news.get(request.id) or Chunk(request.id, "", [], None, [], None)
-        return chunk if chunk.finish else chunk._replace(window=self.worker.window(slot, request.tail))
+    def _harvest(self) -> None:
+        try:
+            plan, replies = self.worker.harvest()
+        except Exception as error:
+            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
+            self._fail(error, [*lost, *self.scheduler.running.values()])
+            return
+        try:
+            with span("take"):
+                self._take(plan, replies)
+            self._failures = 0
+        except BaseException as error:
+            self._fail(error, plan.running.values())
+            if not isinstance(error, Exception):
+                raise
 
-    def _chunk(self, request: Request, ids: list[int]) -> Chunk:
-        shown = ids[:-1] if request.finish is Finish.STOP else ids
-        stream, parts = self._text[request.id]
-        text = stream.add(shown)
-        if request.finish is not None:
-            text += stream.flush()
-        parts.append(text)
-        output = self._output(request, "".join(parts)) if request.finish is not None else None
-        return Chunk(request.id, text, shown, request.finish, [], output)
+    def _take(self, plan: Plan, replies: list[Reply]) -> None:
+        """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
+        forwards = sum(request.nfe for request in plan.running.values())
+        windows = {r.id: replies[slot].window for slot, r in plan.running.items()}
+        for request, ids in self.scheduler.take(plan.running, replies):
+            self._due.append(_seen(self._told(request, ids), windows.pop(request.id)))
+            self.counts["tokens"] += len(ids)
+        for request in plan.running.values():
+            if windows.get(request.id) is not None and request.finish is None:
+                self._due.append(_seen(Chunk(request.id, "", [], None, [], None, nfe=request.nfe), windows[request.id]))
+        self.counts["forwards"] += sum(request.nfe for request in plan.running.values()) - forwards
 
-    def _output(self, request: Request, text: str) -> Output:
-        del self._text[request.id]
+    def _told(self, request: Request, ids: list[int]) -> Chunk:
+        """The chunk of what was committed; a text that cannot be told fails its request alone."""
+        try:
+            chunk = self._answers.chunk(request, ids)
+        except Exception as error:
+            log.exception("the text of request %d failed", request.id)
+            self.cause = error
+            chunk, slot = self._end(request, Finish.ERROR, _line(error))
+            self._stop([slot])
+            return chunk
+        if chunk.output is not None:
+            self.worker.rows.forget(request.id)
+            if chunk.output.stop is not None:  # the device does not know: its pages are free, its row is inert from now
+                self._stop([self.scheduler.abort(request.id, Finish.STOP)])
+        return chunk
+
+    def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
+        """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
+        failed = list({request.id: request for request in requests if request.id in self._answers}.values())
+        ended = [self._end(request, Finish.ERROR, _line(error)) for request in failed]
+        self._due += [chunk for chunk, _ in ended]
+        self._stop([slot for _, slot in ended])
+        if not isinstance(error, Exception):
+            return
+        log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
+        self.cause = error
+        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif not isinstance(error, MemoryError):
+            self._failures += 1
+        if self._failures >= FAILURES:
+            self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")
+
+    def _end(self, request: Request, finish: Finish, error: str | None = None) -> tuple[Chunk, int | None]:
+        """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
+        slot = self.scheduler.abort(request.id, finish)
         self.worker.rows.forget(request.id)
-        now, began = time.monotonic(), request.arrived_s
-        assert request.finish is not None and request.admitted_s is not None
-        times = Timings(request.admitted_s - began, (request.first_s or now) - began, now - began)
-        shown = request.out[:-1] if request.finish is Finish.STOP else request.out
-        return Output(
-            request.id,
-            request.prompt,
-            text,
-            shown,
-            request.finish,
-            len(request.out),
-            request.nfe,
-            request.prefills,
-            times,
-            request.cached,
-        )
+        return self._answers.last(request, finish, error), slot
+
+    def _stop(self, slots: list[int | None]) -> None:
+        """Make rows inert; where the device does not do that, it does nothing any more."""
+        try:
+            for slot in slots:
+                if slot is not None:
+                    self.worker.stop(slot)
+        except Exception as error:
+            self.cause = error
+            self._break(f"the device does not answer: {_line(error)}")
+
+    def _break(self, why: str) -> None:
+        """Take no further step: all there are end."""
+        self.broken = f"{why}; build a new engine, in a new process if the device was lost"
+        log.error("%s", self.broken)
+        self.worker.discard()
+        for request in (*self.scheduler.running.values(), *self.scheduler.waiting):
+            self._due.append(self._end(request, Finish.ERROR, why)[0])
+
+
+def _seen(chunk: Chunk, window: Window | None) -> Chunk:
+    """A chunk with the window behind it, unless it is the last."""
+    if window is None or chunk.finish is not None:
+        return chunk
+    return chunk._replace(window=window.ids, confidence=window.confidence, guess=window.guess)
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line."""
+    told = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {told[0]}" if told else type(error).__name__

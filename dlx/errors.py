@@ -6,7 +6,7 @@
     ├── ModelError      a checkpoint: its folder, config.json, tensors, tokenizer
     ├── ShapeError      a tensor given to an op: its shape, dtype, stride or device
     ├── CapacityError   pages, slots or memory that are not there
-    │   └── BusyError   the queue is full; it may not be later
+    │   └── BusyError   the queue is full; ask again later
     ├── RequestError    the caller's request: prompt or sampling parameters
     └── EngineError     ours: a step that failed
 
@@ -39,7 +39,7 @@ class CapacityError(DlxError):
 
 
 class BusyError(CapacityError):
-    """The queue is full; try again in about `retry_after_s` seconds."""
+    """The queue is full; a request like this one may be taken after about `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)

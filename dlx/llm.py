@@ -11,12 +11,13 @@ from typing import Any, TypeGuard
 from rich.console import Console
 from rich.progress import Progress
 
+from dlx.answer import NOT_FINITE
 from dlx.config import Config
 from dlx.engine import Engine
 from dlx.errors import EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.models.card import Card
-from dlx.request import Chunk, Output, SamplingParams
+from dlx.request import Chunk, Finish, Output, SamplingParams
 from dlx.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -80,6 +81,7 @@ class LLM:
         params   one for all, or one a prompt
         lora     name of an adapter that the LLM was built with, for all or one a prompt; None leaves it to `params`
         Raises RequestError  before anything runs, if any prompt or its parameters are not allowed
+        Raises EngineError   if a step fails; what else was asked for in this call is dropped
         """
         many = _as_list(prompts)
         each = _adapted(_as_params(params, len(many)), lora)
@@ -94,6 +96,7 @@ class LLM:
                 while left:
                     for chunk in self._turn(engine):
                         if chunk.output is not None and chunk.id in done:
+                            self._check(chunk)
                             done[chunk.id] = chunk.output
                             left -= 1
                             bar.advance(task)
@@ -108,20 +111,23 @@ class LLM:
         """Answer one prompt piece by piece; the last chunk holds the whole output.
 
         lora   as in `generate`
-        watch  a chunk every forward, with the window's undecided tokens: for live views, as it waits for the device
+        watch  a chunk every launch, with the window's undecided tokens; with Config.watch their confidences too
         """
         engine = self.engine
         many = _as_list(prompt)
         if len(many) != 1:
             raise RequestError(f"a stream answers one prompt, not {len(many)}; use generate, or a stream a prompt")
-        (request,) = engine.add_all([(self._ids(many[0]), _adapted(_as_params(params, 1), lora)[0])])
+        (request,) = engine.add_all([(self._ids(many[0]), _adapted(_as_params(params, 1), lora)[0])], watch)
         inbox = self._streams[request] = deque[Chunk]()
         finished = False
         try:
             while not finished:
                 while not inbox:
-                    self._turn(engine, watch)
+                    if engine.idle:
+                        raise EngineError("the stream lost its request to an interrupt; ask again")
+                    self._turn(engine)
                 chunk = inbox.popleft()
+                self._check(chunk)
                 finished = chunk.output is not None
                 yield chunk
         finally:
@@ -138,13 +144,18 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _turn(self, engine: Engine, watch: bool = False) -> list[Chunk]:
+    def _turn(self, engine: Engine) -> list[Chunk]:
         """One step, whoever asks for it; chunks of open streams are kept for them."""
-        chunks = engine.step(watch)
+        chunks = engine.step()
         for chunk in chunks:
             if chunk.id in self._streams:
                 self._streams[chunk.id].append(chunk)
         return chunks
+
+    def _check(self, chunk: Chunk) -> None:
+        """Raise EngineError for a request that ended with a step that failed."""
+        if chunk.finish is Finish.ERROR and chunk.error != NOT_FINITE:
+            raise EngineError(f"a step failed, and the request with it ({chunk.error})") from self.engine.cause
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

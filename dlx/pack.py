@@ -74,10 +74,10 @@ def make(config: Config, out: Path, rows: Sequence[int] = (), tokens: Sequence[i
     read_config(config.model)  # first, for the plainer word on a folder that is not there
     named = config.load_format != "dummy" or (config.model / FILE).is_file()
     vocab = Tokenizer.load(config.model).size if named else None
-    worker = Worker(config.model_copy(update={"pack": None}), vocab)
-    buckets = {"rows": chosen(rows, worker.shapes.rows), "tokens": chosen(tokens, worker.shapes.tokens)}
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dlx-pack-", ignore_cleanup_errors=True) as folder, empty(Path(folder)):
+        worker = Worker(config.model_copy(update={"pack": None}), vocab)  # to size its pages it may run kernels
+        buckets = {"rows": chosen(rows, worker.shapes.rows), "tokens": chosen(tokens, worker.shapes.tokens)}
+        began = time.monotonic()
         worker.prepare(**buckets)
         took_s = time.monotonic() - began
         files = collected(Path(folder), objects=worker.device.type == "cpu")
@@ -135,6 +135,7 @@ def key(worker: Worker) -> Key:
         "max_num_seqs": config.max_num_seqs,
         "forwards": config.forwards,
         "adapters": sorted({f"{n.split('.', 2)[2]} {tuple(x.shape)}" for n, x in adapted}),
+        "kv_dtype": str(config.kv_dtype),
         "pages": {"num_pages": worker.num_pages, "page_size": shapes.S, "of a row": shapes.W},
     }
     return json.loads(json.dumps(facts))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dlx.graphs import buffer
 from dlx.graphs.buffer import Row
 from dlx.graphs.prefill import Stretch
-from dlx.request import Finish, Request
+from dlx.request import Finish, Request, Window
 
 NONE: Mapping[int, int] = MappingProxyType({})
 FINISH = {
@@ -44,3 +44,4 @@ class Reply(NamedTuple):
     nfe: int
     why: int
     start: int = 0  # K/V before this position is final
+    window: Window | None = None  # where somebody watches

@@ -11,17 +11,19 @@ from dlx.errors import RequestError
 
 COLDEST = 1e-4  # below, logits ÷ temperature may overflow
 STOP_IDS = 8  # stop ids one row of the Block Buffer holds
+STOPS, STOP_CHARS = 4, 256  # stop strings of a request, and their length, at most
 
 
 class Finish(StrEnum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was committed
+    STOP = "stop"  # a stop id was committed, or a stop string
     LENGTH = "length"  # max_tokens, or the model's length, was reached
     MAX_NFE = "max_nfe"  # the budget of denoise forwards was spent
     REPETITION = "repetition"  # one token stood max_repetition_run times in a row
-    ERROR = "error"  # its logits were not finite
+    ERROR = "error"  # its logits were not finite, or a step failed
     ABORT = "abort"  # the caller dropped it
+    TIMEOUT = "timeout"  # its time was over
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class SamplingParams:
     max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard
     ignore_eos      bool    go on past stop ids
     stop_token_ids  ids that end the answer, besides the model's own
+    stop            strings that end the answer, each cut from its text; at most 4, of 1 to 256 characters
     fixed           (offset in the answer, id) of tokens that are known beforehand and stay: a gap is what is between
                     the prompt and them. For policies that compute whole sequences: fast_dllm_v1, low_confidence, …
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
@@ -68,6 +71,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
     fixed: tuple[tuple[int, int], ...] = ()
+    stop: tuple[str, ...] = ()
     priority: int = 0
     cache_salt: str = ""
 
@@ -97,6 +101,12 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r} is not allowed; pass a tuple of ids")
         for stop in self.stop_token_ids:
             _integer("stop_token_ids", stop, 0, 2**31 - 1)
+        if not isinstance(self.stop, tuple | list) or len(self.stop) > STOPS:
+            raise RequestError(f"stop={self.stop!r} is not allowed; pass a tuple of at most {STOPS} strings")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= STOP_CHARS:
+                given = f"one of {len(text)} characters" if isinstance(text, str) else repr(text)
+                raise RequestError(f"stop has {given}; pass strings of 1 to {STOP_CHARS} characters")
         if not isinstance(self.fixed, tuple) or any(not isinstance(p, tuple) or len(p) != 2 for p in self.fixed):
             raise RequestError(f"fixed={self.fixed!r} is not allowed; pass a tuple of pairs (offset in the answer, id)")
         for at, tok in self.fixed:
@@ -128,6 +138,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     arrived_s: float
+    watch: bool = False  # its chunks, one a launch, hold its window
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     out: list[int] = field(default_factory=list)  # committed ids, the stop id included
@@ -156,15 +167,33 @@ class Timings(NamedTuple):
     total_s: float
 
 
+class Window(NamedTuple):
+    """What of a watched row is behind what is committed, a position each; without Config.watch its ids alone."""
+
+    ids: list[int]  # masks included
+    confidence: list[float]  # of each id; of its proposal where it is a mask; 0 where nothing was proposed yet
+    guess: list[int]  # the proposal, of the last forward that decided on the position
+
+
 class Chunk(NamedTuple):
-    """What one step committed for one request; text and ids leave the stop id out."""
+    """What one step committed for one request; text and ids leave the stop id out.
+
+    window, confidence, guess  of a watched request, as Window's; else empty
+    output                     on the last chunk: the whole answer
+    error                      why the request failed, in one line; its finish is ERROR
+    nfe                        the request's denoise forwards so far
+    """
 
     id: int
     text: str
     token_ids: list[int]
     finish: Finish | None
-    window: list[int]  # with `watch`: the ids after what is committed, masks included; else empty
-    output: Output | None  # on the last chunk: the whole answer
+    window: list[int]
+    output: Output | None
+    error: str | None = None
+    confidence: list[float] = []  # noqa: RUF012
+    guess: list[int] = []  # noqa: RUF012
+    nfe: int = 0
 
 
 class Output(NamedTuple):
@@ -184,6 +213,7 @@ class Output(NamedTuple):
     prefill_forwards: int
     timings: Timings
     cached_tokens: int = 0  # of the prompt, whose K/V was there already
+    stop: str | None = None  # the stop string that ended it
 
     @property
     def tokens_per_forward(self) -> float:

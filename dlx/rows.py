@@ -55,6 +55,10 @@ class Rows:
                 mine[slot].copy_(value)
         self._tables(plan.pages)
 
+    def holds(self, id: int) -> bool:
+        """The row of this request is kept aside."""
+        return id in self._kept
+
     def forget(self, id: int) -> None:
         """Drop what is kept of a request, if anything is."""
         self._kept.pop(id, None)

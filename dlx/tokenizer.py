@@ -19,6 +19,7 @@ from dlx.errors import ModelError, RequestError
 
 Message = Mapping[str, str]
 FILE = "tokenizer.json"
+SLACK = 4  # times that normalising may shorten a text
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")  # what templates may use
 
 
@@ -41,6 +42,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._names = {key: text for key in NAMED if (text := _text(config.get(key))) is not None}
+        self._longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self.eos_id, self.pad_id, self.mask_id = (self._id(key) for key in ("eos_token", "pad_token", "mask_token"))
 
     @staticmethod
@@ -62,22 +64,27 @@ class Tokenizer:
         template = _read(separate) if separate.is_file() else _template(config.get("chat_template"), path)
         return Tokenizer(written, config, template, folder)
 
-    def encode(self, text: str, *, plain: bool = False) -> list[int]:
-        """Ids of a text. Special tokens written in it count as such; with `plain` they are mere text."""
-        return _encoded(self._plain if plain else self._tokenizer, text, whole=not plain)
+    def encode(self, text: str, *, plain: bool = False, most: int | None = None) -> list[int]:
+        """Ids of a text. Special tokens written in it count as such; with `plain` they are mere text.
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+        most  ids to return at most: a text that cannot have so few is refused unread
+        Raises RequestError  for more ids than `most`, or lone surrogates
+        """
+        return self._encoded(text, plain=plain, whole=not plain, most=most)
+
+    def chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
         """Ids of a conversation in the checkpoint's chat template, up to where the assistant begins to speak.
 
         A special token written in a message is mere text: it cannot end the message or begin another.
 
         messages  [{"role": "user", "content": "…"}, …]
+        most      as in `encode`, of each piece of the conversation that is encoded on its own
         Raises RequestError  a malformed message; no chat template, or one that refuses the conversation
         """
         _check(messages)
         text = self._render(messages)
         if not any(token in message["content"] for message in messages for token in self.special):
-            return self._ids(text)
+            return self._encoded(text, most=most)
         # put a mark in each content's place, to tell what the template wrote from what the caller wrote
         key = secrets.token_hex(8)
         marks = {f"\ue000{key}.{n}\ue001": message["content"] for n, message in enumerate(messages)}
@@ -88,11 +95,22 @@ class Tokenizer:
                 f"a message contains a special token ({', '.join(self.special)}), and the chat template "
                 "rewrites messages, so that it cannot be kept as plain text; remove it from the message"
             )
-        return [i for p in pieces for i in (self.encode(marks[p], plain=True) if p in marks else self._ids(p))]
+        written = [self._encoded(marks.get(p, p), plain=p in marks, most=most) for p in pieces]
+        return [i for ids in written for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out; RequestError if an id is not from 0 to size - 1."""
         return self._tokenizer.decode(_checked(ids, self.size), skip_special_tokens=True)
+
+    @property
+    def templated(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return self._template is not None
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """A conversation in the checkpoint's chat template, as it would be read; `chat` gives its ids."""
+        _check(messages)
+        return self._render(messages)
 
     def stream(self) -> TextStream:
         """A decoder for ids that arrive bit by bit."""
@@ -105,9 +123,19 @@ class Tokenizer:
         twin.encode_special_tokens = True
         return twin
 
-    def _ids(self, text: str) -> list[int]:
-        """Ids of what a template wrote: it brings its own begin-of-text."""
-        return _encoded(self._tokenizer, text, whole=False)
+    def _encoded(self, text: str, *, plain: bool = False, whole: bool = False, most: int | None = None) -> list[int]:
+        """`whole` adds what the tokenizer puts around a text, such as a begin-of-text; templates bring their own."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text cannot be written as UTF-8 ({error}); remove lone surrogates") from error
+        if most is not None and len(text) > SLACK * most * self._longest:
+            raise RequestError(f"a text of {len(text)} characters has more than {most} tokens; shorten it")
+        # a batch of one: encode() would hold the interpreter's lock, and every other thread up, for seconds
+        (found,) = (self._plain if plain else self._tokenizer).encode_batch([text], add_special_tokens=whole)
+        if most is not None and len(found) > most:
+            raise RequestError(f"the text has {len(found)} tokens; at most {most} are allowed; shorten it")
+        return found.ids
 
     def _render(self, messages: Sequence[Message]) -> str:
         if self._template is None:
@@ -154,15 +182,6 @@ class TextStream:
         piece = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._out :]
         self._out += len(piece)
         return piece
-
-
-def _encoded(tokenizer: tokenizers.Tokenizer, text: str, whole: bool) -> list[int]:
-    """`whole` adds what the tokenizer puts around a text of its own, such as a begin-of-text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"the text cannot be written as UTF-8 ({error}); remove lone surrogates") from error
-    return tokenizer.encode(text, add_special_tokens=whole).ids
 
 
 def _checked(ids: Sequence[int], size: int) -> list[int]:

@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlx import weights
+from dlx import flight, memory, network, watch, weights
 from dlx.config import Config, bind, geometry
-from dlx.errors import CapacityError, ConfigError, ModelError
+from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
 from dlx.graphs.step import Ids, step_
-from dlx.models import family
 from dlx.models.card import Card
-from dlx.models.decoder import Decoder
 from dlx.models.gemma.network import DiffusionGemma
+from dlx.models.scales import scale_
 from dlx.observe import marked, span
 from dlx.plan import Plan, Reply
 from dlx.request import STOP_IDS
 from dlx.rows import Rows
 
 log = logging.getLogger(__name__)
-
-CPU_PAGES_BYTES = 1 << 30  # what K/V pages may take on a CPU by default
-GPU_PAGES_SHARE = 0.85  # of the memory left after the weights
-
-
-class Flight(NamedTuple):
-    """A launch whose outbox is on its way to the host."""
-
-    plan: Plan
-    outbox: Tensor  # [B, · + FACTS] int32, an Outbox packed, on the host, pinned where the device is a GPU
-    landed: torch.cuda.Event | None
 
 
 class Worker:
@@ -62,7 +49,7 @@ class Worker:
                 f"mask_token_id={self.ids.mask} is not among the {self.ids.vocab} ids of the tokenizer; "
                 "take config.json and tokenizer.json from the same checkpoint"
             )
-        self.policy = bind(config.policy, self.card, config.block_length)
+        self.policy = replace(bind(config.policy, self.card, config.block_length), watch=config.watch)
         assert self.policy.L is not None
         self.L = self.policy.L
         own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")
@@ -76,16 +63,67 @@ class Worker:
         # a prompt that sees itself whole is one forward, and so is a sequence
         chunk = sizes.max_len if self.policy.full or turn is not None else min(2048, config.max_num_batched_tokens)
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
-        self.net = self._network(raw)
-        self.num_pages = config.num_pages or self._pages_that_fit()
-        self.kv = tuple(self._pages(G, D) for G, D in self.card.kv)  # own storage each: Inductor copies views
+        self._flights: deque[flight.Flight] = deque()
+        self.kv: tuple[Tensor, ...] = ()
+        self.net = network.load(config, self.card, raw, self.device)
+        try:
+            self._allocate()
+            if config.pack is not None and config.graphs != "off":
+                from dlx import pack
+
+                pack.load(config.pack, self)
+        except BaseException:
+            self.release()
+            raise
+
+    def _allocate(self) -> None:
+        """Everything beside the weights: the rows' tensors, K/V pages, no graphs yet."""
+        config, turn = self.config, self.policy.turn
+        advice = "use fewer num_pages, kv_cache_dtype='fp8', fewer max_num_seqs or a smaller max_model_len"
+        each = shapes.page_bytes(self.card.kv, self.shapes.S, config.kv_dtype.itemsize)
+        with memory.enough("the rows of a step do not fit into memory", None, self.device, advice):
+            self._allocate_rows()
+            most, graphs = config.max_num_seqs * self.shapes.W, 0
+            if config.graphs == "capture":
+                scopes = 1 if turn is None else len(turn.scopes)
+                graphs = scopes * len(self.shapes.rows) + len(self.shapes.tokens)
+            self.num_pages = config.num_pages or memory.pages(
+                self.device, each, most, self.shapes.W, config.gpu_memory_utilization, graphs, self._rehearse
+            )
+        what = f"num_pages={self.num_pages} pages of K/V do not fit into memory"
+        with memory.enough(what, self.num_pages * each, self.device, advice):
+            self._take(self.num_pages)
+        log.info("%d K/V pages of %d tokens, %s", self.num_pages, self.shapes.S, memory.gib(self.num_pages * each))
+        self.graphs = Graphs(config.graphs, self.device)
+
+    def _take(self, pages: int) -> None:
+        """Have so many K/V pages, and no others."""
+        self.kv = ()
+        self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
+        scale_(self.net, pages, self.config.kv_dtype)
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """Run the largest forwards once, eagerly, of nothing: every row is inert, and the pages are a few."""
+        with self._there:
+            self._take(memory.FEW)
+            T, B = self.shapes.tokens[-1], self.config.max_num_seqs
+            if self.policy.turn is None:
+                prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
+            for scope, C in self._scopes((T,)):
+                self._step(B, scope, C)[0]()
+            self.kv = ()
+
+    def _allocate_rows(self) -> None:
+        config, turn, is_canvas = self.config, self.policy.turn, self.policy.canvas is not None
         B, W = config.max_num_seqs, self.shapes.W
         E = self.card.hidden if self.card.shift else 0
         self.width = self.L if turn is None or turn.blocks else self.shapes.tokens[-1]  # of what is decided at a time
         E = 0 if turn is not None else E
         self.buf = buffer.allocate(
-            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype, self.policy.memory()
-        )
+            B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype,
+            self.policy.memory(self.width),
+        )  # fmt: skip
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width
@@ -94,12 +132,10 @@ class Worker:
         self.epoch = self.prefills = 0  # launches sent, forwards of prompts
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
-        if config.pack is not None and config.graphs != "off":
-            from dlx import pack
 
-            pack.load(config.pack, self)
-        self.graphs = Graphs(config.graphs, self.device)
-        self._flights: deque[Flight] = deque()
+    def release(self) -> None:
+        """Give weights and pages back; there is no launch after it."""
+        memory.release((*self.net.parameters(), *self.kv))
 
     @torch.no_grad()
     def launch(self, plan: Plan) -> None:
@@ -126,7 +162,8 @@ class Worker:
                 self.sent.epoch.fill_(self.epoch)
             with span("step"):
                 self.graphs.replay(key)
-            self._flights.append(self._read(plan, self._outbox(rows)))
+            windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
+            self._flights.append(flight.sent(plan, self._outbox(rows), windows))
             for id in plan.resume.values():
                 self.rows.forget(id)
 
@@ -149,20 +186,27 @@ class Worker:
 
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
-        flight = self._flights.popleft()
+        oldest = self._flights[0]  # until it is read: an interrupt loses nothing
         with span("harvest"):
-            if flight.landed is not None:
-                flight.landed.synchronize()
-            return flight.plan, [Reply(row[: -buffer.FACTS], *row[-buffer.FACTS :]) for row in flight.outbox.tolist()]
+            if oldest.landed is not None:
+                oldest.landed.synchronize()
+            ends, F = self.policy.turn is not None, buffer.FACTS
+            windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
+            rows = enumerate(oldest.outbox.tolist())
+            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            self._flights.popleft()
+            return oldest.plan, replies
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""
         self.sent.halt.fill_(self.epoch)  # the device reads it where it lies, on the host
         self.buf.done[slot].fill_(True)
 
-    def discard(self) -> None:
-        """Forget the launches in flight: their rows are all inert."""
+    def discard(self) -> list[Plan]:
+        """Forget the launches in flight, whose rows are all inert, or lost."""
+        plans = [sent.plan for sent in self._flights]
         self._flights.clear()
+        return plans
 
     @property
     def looped(self) -> bool:
@@ -172,73 +216,10 @@ class Worker:
     def _outbox(self, rows: int) -> Tensor:
         return (self.sent.out if self.looped else self.sent.step)[:rows]
 
-    def window(self, slot: int, given: int) -> list[int]:
-        """The ids in a row's open places behind what is given or committed, masks included; waits for the device."""
-        n = max(
-            int(self.sent.step[slot, -buffer.FACTS]), given
-        )  # of the last forward: what came before left the window
-        end = None if self.policy.turn is None else int(self.buf.ints[slot, 0] - self.buf.start[slot])  # of the answer
-        return self.buf.tok[slot, : int(self.buf.open[slot])].flatten()[n:end].tolist()
-
-    def _network(self, raw: weights.Json) -> Decoder | DiffusionGemma:
-        kind, config = family(self.card.arch), self.config
-        places = kind.places(self.card)
-        if config.lora is not None and raw.get("quantization_config") is not None:
-            raise ModelError(
-                f"{config.model} is in fp8 already: merge lora={str(config.lora)!r} into what it was made of"
-            )
-        if config.quantization is not None and self.card.gemma is not None:
-            raise ConfigError(f"quantization={config.quantization!r} is not there for {self.card.family}; leave it out")
-        deltas = {} if config.lora is None else weights.Adapter.open(config.lora, places).deltas(places)
-        if config.adapters and self.card.gemma is not None:
-            raise ConfigError(
-                f"adapters={list(config.adapters)} cannot be kept apart in {self.card.family}; merge one: lora=FOLDER"
-            )
-        adapters = [weights.Adapter.open(path, places) for path in config.adapters.values()]
-        net = kind.build(self.card, self.device, config.torch_dtype)
-        params = dict(net.named_parameters())
-        try:
-            if config.load_format == "dummy":
-                weights.random(params, config.seed)
-            else:
-                where, stacked, skipped = weights.layout(raw, places, params), kind.stacked(self.card), kind.skipped
-                weights.load(config.model, where, params, stacked, skipped, deltas=deltas, finite=config.check_weights)
-            weights.install(net, adapters, places)
-        except BaseException:
-            weights.release(params)
-            raise
-        return net
-
-    def _pages_that_fit(self) -> int:
-        each = shapes.page_bytes(self.card.kv, self.shapes.S, self.config.torch_dtype.itemsize)
-        room = CPU_PAGES_BYTES
-        if self.device.type == "cuda":
-            room = int(torch.cuda.mem_get_info(self.device)[0] * GPU_PAGES_SHARE)
-        fit = min(self.config.max_num_seqs * self.shapes.W, room // each)
-        if fit < 1:
-            raise CapacityError(f"no K/V page of {each} bytes fits into {room} bytes; use a smaller model or page_size")
-        return fit
-
-    def _pages(self, G: int, D: int) -> Tensor:
-        shape = (2, self.num_pages, self.shapes.S, G, D)
-        try:
-            return torch.zeros(shape, dtype=self.config.torch_dtype, device=self.device)
-        except RuntimeError as error:
-            raise CapacityError(f"num_pages={self.num_pages} pages of K/V do not fit into memory; use fewer") from error
-
     def _sent(self, packed: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return packed
         return packed.pin_memory().to(self.device, non_blocking=True)
-
-    def _read(self, plan: Plan, out: Tensor) -> Flight:
-        if self.device.type == "cpu":
-            return Flight(plan, out.clone(), None)
-        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        host.copy_(out, non_blocking=True)
-        landed = torch.cuda.Event()
-        landed.record()
-        return Flight(plan, host, landed)
 
     def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""
@@ -254,6 +235,7 @@ class Worker:
         fixed = 0 if self.policy.turn is None else self.policy.turn.scopes[scope].width(self.L)
         C = fixed if self.policy.turn is None or fixed else shapes.bucket(self.shapes.tokens, reach)
         made = [B for B in self.shapes.rows if bucket <= B and self._key(B, scope, C) in self.graphs]
+        made = [B for B in made if self._key(B, scope, C) not in self.graphs.dropped] or made
         return bucket if self.config.graphs == "off" or not made else made[0], C
 
     def _key(self, B: int, scope: int, C: int) -> tuple[str | int, ...]:
@@ -271,21 +253,12 @@ class Worker:
         if key not in self.graphs:
             done = self.buf.done.clone()
             self.buf.done.fill_(True)
-            view, sent = buffer.rows(self.buf, B), loop.rows(self.sent, B)
-            step = partial(step_, self.policy, self.ids, self.net, view, self.kv, sent.step)
-            if isinstance(self.net, DiffusionGemma):
-                memory = canvas.rows(self.memory, B)
-                step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, memory, self.kv, sent.step)
-            busy = partial(loop.running, view)
-            if self.policy.turn is not None:
-                memory = sequence.rows(self.sequences, B)
-                busy = partial(sequence.busy, memory, view, scope)
-                facts = self.policy, scope, C, self.ids
-                step = partial(sequence.sequence_, *facts, self.net, view, memory, self.kv, sent.step)
+            step, busy = self._step(B, scope, C)
+            sent = loop.rows(self.sent, B)
             step = marked(step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
-                    begin = partial(loop.begin_, sent, view, busy)
+                    begin = partial(loop.begin_, sent, buffer.rows(self.buf, B), busy)
                     turn = partial(loop.turn_, step, busy, sent)
                     self.graphs.add_loop(key, begin, turn, sent, self.config.unroll)
                 else:
@@ -293,3 +266,18 @@ class Worker:
             finally:
                 self.buf.done.copy_(done)
         return key
+
+    def _step(self, B: int, scope: int, C: int) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+        """One forward of the first B rows, and who of them takes part in it."""
+        view, out = buffer.rows(self.buf, B), loop.rows(self.sent, B).step
+        if self.policy.turn is not None:
+            whole = sequence.rows(self.sequences, B)
+            facts = self.policy, scope, C, self.ids
+            step = partial(sequence.sequence_, *facts, self.net, view, whole, self.kv, out)
+            return step, partial(sequence.busy, whole, view, scope)
+        if isinstance(self.net, DiffusionGemma):
+            soft = canvas.rows(self.memory, B)
+            step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, soft, self.kv, out)
+        else:
+            step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
+        return step, partial(loop.running, view)

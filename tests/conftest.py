@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: on a small shared host more threads are slower
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,3 +67,21 @@ def nano_llm(nano: Path) -> Iterator[LLM]:
 
     with LLM(nano, graphs="off", device="cpu", dtype="float32") as llm:
         yield llm
+
+
+@pytest.fixture
+def all_to_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """Makes of an SDAR checkpoint's folder one of a family that is trained all-to-all, which this test alone knows."""
+    from dlx.models import MODELS
+    from dlx.models.families import FAMILIES
+
+    name, sdar = "AllToAllForCausalLM", "SDARForCausalLM"
+    monkeypatch.setitem(FAMILIES, name, FAMILIES[sdar]._replace(full=True, policy="fast_dllm_v1"))
+    monkeypatch.setitem(MODELS, name, MODELS[sdar])
+
+    def turned(folder: Path) -> Path:
+        facts = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(facts | {"architectures": [name]}))
+        return folder
+
+    return turned

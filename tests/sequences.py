@@ -6,6 +6,7 @@ network with a K/V store that is as old as the strategy says. It shares no code 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class How:
     size: int = 8
     cached: bool = True
     shift: bool = False
+    vocab: int = VOCAB  # ids from here on are padding of the vocabulary
 
 
 class Decoded(NamedTuple):
@@ -56,6 +58,8 @@ class Store:
     def __init__(self, net: Any, T: int) -> None:
         self.net, self.kv = net, {}  # layer → (k, v), [1, G, T, D] each
         self.T = T
+        # transformers 5 has renamed it, and warns of the old name
+        self.cache = "cache" if "cache" in inspect.signature(net.forward).parameters else "past_key_values"
 
     def __call__(self, ids: list[int], at: list[int], sees: list[int]) -> dict[int, Tensor]:
         """Compute the positions `at`, each of which sees so many leading keys → their logits; stores their K/V."""
@@ -68,8 +72,8 @@ class Store:
         mask = keys[None] < torch.tensor(sees)[:, None]
         out = self.net(
             input_ids=torch.tensor([[ids[p] for p in at]]), position_ids=torch.tensor([at]),
-            attention_mask=mask[None, None], past_key_values=cache, use_cache=True,
-            cache_position=torch.arange(len(others), len(keys)),
+            attention_mask=mask[None, None], use_cache=True,
+            cache_position=torch.arange(len(others), len(keys)), **{self.cache: cache},
         )  # fmt: skip
         for layer, one in enumerate(cache.layers):
             k, v = one.keys, one.values
@@ -94,7 +98,7 @@ class Choice(NamedTuple):
 def choice(logits: Tensor, pos: int, how: How, seed: int, age: int) -> Choice:
     z = logits.float().clone()
     z[MASK] = -math.inf
-    z[VOCAB:] = -math.inf
+    z[how.vocab :] = -math.inf
     p = z.softmax(0)
     top = p.topk(2)
     tok = p.tolist().index(float(top.values[0]))

@@ -160,6 +160,15 @@ def static(b: Block, E: Tensor) -> bool:
     return not b.masks()
 
 
+def within(b: Block, E: Tensor, size: int = 8) -> bool:
+    """Fast-dLLM v2 without its block cache: of the first sub-block that has masks, what is sure, or the surest."""
+    masks = b.masks()
+    here = {i for i in masks if i // size == masks[0] // size}
+    best = min(here, key=lambda i: (-b.conf(i), i))
+    b.write(above(b, b.accept) & here or {best})
+    return not b.masks()
+
+
 def entropy_bounded(b: Block, E: Tensor) -> bool:
     entropy = {i: -sum(p * math.log(p) for p in b.p[i].tolist() if p > 0) for i in b.masks()}
     ranked = sorted(entropy, key=lambda i: (entropy[i], i))
@@ -180,6 +189,7 @@ STRATEGIES: dict[str, Rule] = {
     "low_confidence_static": static,
     "low_confidence_dynamic": threshold,  # a share of one token a forward: all that are sure, or the surest
     "entropy_bounded": entropy_bounded,
+    "fast_dllm_v2": within,
 }
 
 

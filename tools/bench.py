@@ -3,11 +3,13 @@
 python tools/bench.py latency --shape sdar-8b --block 4 --context 1024 --accept 4 [--forwards 64] [--prefill 2048]
 python tools/bench.py throughput --shape sdar-8b --block 32 --requests 16 --context 512 --max-tokens 256
 python tools/bench.py startup --shape sdar-8b --buckets 1,8,32 --prefill 2048
+python tools/bench.py policies --shape sdar-8b --block 16 --json FILE [NAME …]     adds to the runs in FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,11 +17,10 @@ from pathlib import Path
 
 from dlx.bench import latency, startup, throughput
 from dlx.bench.arguments import add_how, add_scene, how, scene, write
+from dlx.bench.policies import policies, table
 from dlx.bench.report import sentence
 from dlx.bench.start import STARTS
 from dlx.errors import DlxError
-
-SHAPES = Path(__file__).parent / "shapes"
 
 
 def numbers(text: str) -> list[int]:
@@ -42,7 +43,10 @@ def arguments() -> argparse.ArgumentParser:
     start.add_argument("--policy", default="single_bd")
     start.add_argument("--only", choices=STARTS, help="else both")
     start.add_argument("--pack", type=Path, help="a pack that is there already; else one is written")
-    for each in (one, many, start):
+    rules = sub.add_parser("policies", help="what each policy's rules cost a forward, beside a forced schedule")
+    rules.add_argument("names", nargs="*", metavar="NAME", help="policies; else all that are not in --json")
+    rules.add_argument("--rounds", type=int, default=200, help="forwards timed of each policy")
+    for each in (one, many, start, rules):
         add_scene(each)
         add_how(each)
     return parser
@@ -52,7 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     command = shlex.join(["python", "tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        where = scene(args, SHAPES)
+        where = scene(args)
+        if args.what == "policies":
+            before = json.loads(args.json.read_text())["runs"] if args.json and args.json.is_file() else None
+            for record in policies(where, how(args), args.names, args.rounds, command, before):
+                write(args.json, record)
+                before = record["runs"]
+            print(table(before or {}))
+            return 0
         if args.what == "latency":
             record = latency(where, how(args), args.steps, command, args.prefill, args.first_block)
         elif args.what == "throughput":

@@ -27,6 +27,7 @@ def main() -> None:
         device=args.device,
         dtype=args.dtype,
         block_length=args.block_length,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
     ) as llm:
         records = evaluate(llm, tasks, args.n, args.thresholds, progress=sys.stderr.isatty())
@@ -35,7 +36,8 @@ def main() -> None:
             return
         config = llm.config
         source = provenance(shlex.join(["python", *sys.argv]), config.device)
-        how = {"device": config.device, "dtype": config.dtype, "graphs": config.graphs}
+        pages = str(config.kv_dtype).removeprefix("torch.")
+        how = {"device": config.device, "dtype": config.dtype, "kv_dtype": pages, "graphs": config.graphs}
         asked = {"tasks": tasks, "n": args.n, "seed": SEED, "max_tokens": MAX_TOKENS}
         value = report(records, model=config.model.name, policy=llm.policy, made=source, run=how, prompts=asked)
         path = args.json
@@ -57,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     add("--dtype", help="float32 or bfloat16")
     add("--graphs", help="off, compile or capture")
     add("--block-length", type=int, help="tokens a block, of those the model was trained for")
+    add("--kv-cache-dtype", help="of K/V pages: bf16, fp8_e4m3 or fp8_e5m2; the model's if left out")
     add("--max-num-seqs", type=int, default=32, help="prompts that decode at once (default 32)")
     add(
         "--json",

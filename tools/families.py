@@ -1,4 +1,4 @@
-"""Every shape of tools/shapes at its true size with random weights: built, a prompt prefilled, an answer decoded.
+"""Every shape of dlx/bench/shapes at its true size with random weights: built, a prompt prefilled, an answer decoded.
 
 python tools/families.py --json FILE [--shapes llada-8b sdar-8b]   adds to the runs in FILE, each as it is done
 python tools/families.py --json FILE --shapes sdar-8b --weights FOLDER   writes a checkpoint there and loads it once
@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlx.bench.arguments import add_how, how, shape, write
+from dlx.bench.arguments import SHAPES, add_how, how, shape, write
 from dlx.bench.forward import SCHEMA
 from dlx.bench.scene import How, published
 from dlx.bench.start import in_process
+from dlx.environment import inherited
 from dlx.errors import DlxError
 from dlx.models.card import Card
 
-SHAPES = Path(__file__).parent / "shapes"
 ACCEPT = 4  # tokens a forward
 
 Run = dict[str, Any]
@@ -54,7 +53,7 @@ def families(
                 "command": command,
                 "folder": folder and str(folder),
             }
-            run |= in_process("from dlx.bench.families import child; child()", asked, os.environ)
+            run |= in_process("from dlx.bench.families import child; child()", asked, inherited())
         except DlxError as error:
             run["failed"] = str(error).splitlines()[-1]
         runs[name] = run
@@ -85,7 +84,7 @@ def line(name: str, run: Run) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="names of tools/shapes, or folders; else all")
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="names of dlx/bench/shapes, or folders; else all")
     parser.add_argument("--steps", type=int, default=64, help="forwards timed")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the request's prompt")
     parser.add_argument("--tokens", type=int, default=64, help="of its answer")
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = json.loads(args.json.read_text())["runs"] if args.json and args.json.is_file() else None
     failed = 0
     try:
-        paths = [shape(name, SHAPES) for name in names]
+        paths = [shape(name) for name in names]
         runs = families(paths, how(args), args.steps, args.prompt, args.tokens, command, args.weights, before)
         for name, record in runs:
             print(line(name, record["runs"][name]), flush=True)

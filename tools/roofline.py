@@ -9,14 +9,11 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dlx.bench import roofline
 from dlx.bench.arguments import add_how, add_scene, how, scene, write
 from dlx.bench.report import lines
 from dlx.errors import DlxError
-
-SHAPES = Path(__file__).parent / "shapes"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = shlex.join(["python", "tools/roofline.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        record = roofline(scene(args, SHAPES), how(args), command)
+        record = roofline(scene(args), how(args), command)
     except DlxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -46,6 +46,7 @@ class How(NamedTuple):
     forwards: int = 1
     unroll: bool = False
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
 
 
 class Scene(NamedTuple):
@@ -87,18 +88,21 @@ class Scene(NamedTuple):
             Path(folder, "tokenizer.json").write_text(json.dumps(whole))
             Path(folder, "tokenizer_config.json").write_text(json.dumps(PLAIN))
 
-    def config(self, folder: Path, how: How, max_len: int, policy: Policy, rows: int) -> Config:
+    def config(
+        self, folder: Path, how: How, max_len: int, policy: Policy, rows: int, pages: int | None = None
+    ) -> Config:
         """What a worker or an engine of `files(folder)` is built with, so that `rows` decode at once."""
         return Config.from_args(
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
             max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
+            kv_cache_dtype=how.kv_cache_dtype, num_pages=pages,
         )  # fmt: skip
 
-    def worker(self, how: How, max_len: int) -> Worker:
-        """A worker with random weights of the shape."""
+    def worker(self, how: How, max_len: int, policy: Policy | None = None, pages: int | None = None) -> Worker:
+        """A worker with random weights of the shape; else with the forced schedule, and as many pages as fit."""
         with tempfile.TemporaryDirectory() as folder:
             self.files(Path(folder))
-            return Worker(self.config(Path(folder), how, max_len, self.policy(), self.requests))
+            return Worker(self.config(Path(folder), how, max_len, policy or self.policy(), self.requests, pages))
 
     def engine(self, how: How, max_len: int, rows: int) -> Engine:
         """An engine with random weights of the shape, and a tokenizer that knows no language."""
@@ -113,7 +117,7 @@ def published(shape: Path) -> dict[str, Any]:
     """The config.json of a shape, a file or a folder. Raises ConfigError if it is not there."""
     source = shape / "config.json" if shape.is_dir() else shape
     if not source.is_file():
-        raise ConfigError(f"{source} is not there; name a shape of tools/shapes, or a checkpoint's folder")
+        raise ConfigError(f"{source} is not there; name a shape of dlx/bench/shapes, or a checkpoint's folder")
     return weights.read_json(source)
 
 
@@ -195,8 +199,8 @@ def stand(worker: Worker, scene: Scene) -> Stand:
             f"{scene.requests} requests of {worker.max_len} tokens do not fit into the K/V cache of "
             f"{worker.num_pages} pages; use fewer requests, a smaller context or fewer steps"
         )
-    for pages in worker.kv:
-        pages.normal_()
+    for plane in (plane for pages in worker.kv for plane in pages):  # fp8 has no draws of its own
+        plane.copy_(torch.randn_like(plane, dtype=worker.config.torch_dtype))
     with Replays(worker) as replays:
         worker.launch(plan._replace(prefill=[]))
     taken(worker, scheduler)
@@ -260,4 +264,4 @@ def floor_bytes(worker: Worker, tokens: int, rows: int = 1, experts: float | Non
         G * D * (min(tokens, rows * shown) if card.gemma and not card.gemma.everywhere[i] else tokens)
         for i, (G, D) in enumerate(card.kv)
     )
-    return {"weights": read, "kv": 2 * kv * worker.config.torch_dtype.itemsize}
+    return {"weights": read, "kv": 2 * kv * worker.config.kv_dtype.itemsize}

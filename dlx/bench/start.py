@@ -18,10 +18,12 @@ from typing import Any
 
 from dlx.bench.forward import SCHEMA
 from dlx.bench.scene import How, Scene
+from dlx.environment import inherited
 from dlx.errors import ConfigError, EngineError
 from dlx.provenance import provenance
 
 STARTS = ("cold", "packed")
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 TAIL = 2000  # characters of a failed process's last words
 
 
@@ -73,10 +75,8 @@ def startup(
 
 def measured(asked: dict[str, Any], caches: Path) -> dict[str, Any]:
     """What `child` reports from a process whose compilers' caches are new folders."""
-    env = {name: value for name, value in os.environ.items() if name != "DLX_PACK"} | {
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-    }
+    folders = {name: str(caches / kind) for name, kind in CACHES.items()}
+    env = inherited("DLX_PACK", **folders)
     return in_process("from dlx.bench.start import child; child()", asked | {"began": time.time()}, env)
 
 

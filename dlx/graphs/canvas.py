@@ -25,6 +25,7 @@ from torch import Tensor
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Seen
+from dlx.graphs.rules.shown import CONF, GUESS
 from dlx.graphs.step import Ids, Network, silent
 from dlx.graphs.stops import committed
 from dlx.ops import OPS
@@ -74,7 +75,8 @@ def canvas_(
 ) -> None:
     """One forward of every row, in place; arguments as of `graphs.step.step_`."""
     new, kept, outbox = denoise(policy, ids, net, buf, memory, kv, at)
-    for old, value in zip((*buf[:-1], *memory), (*new[:-1], *kept), strict=True):
+    pairs = zip((*buf[:-1], *memory), (*new[:-1], *kept), strict=True)
+    for old, value in (*pairs, *((old, new.mem[name]) for name, old in buf.mem.items())):
         if old is not value:
             old.copy_(value)
     out.copy_(outbox.pack())
@@ -118,7 +120,8 @@ def denoise(
     )
     expected = net.expected(h, each, best[:, 0], likely[:, 0], ids.vocab).view(B, L, -1)
     drawn, conf, best, entropy = (v.view(B, 1, L) for v in (drawn, conf, best, entropy))
-    c = Candidates(torch.where((warm > 0)[:, None, None], drawn, best), conf, entropy)
+    hot = (warm > 0)[:, None, None]
+    c = Candidates(torch.where(hot, drawn, best), conf, entropy)
 
     # decide
     at("decide")
@@ -150,6 +153,10 @@ def denoise(
     kept = Memory(
         *(torch.where(buf.done.view(-1, *[1] * (v.dim() - 1)), u, v) for u, v in zip(memory, kept, strict=True))
     )
+    if policy.watch:
+        told = {CONF: torch.where(hot, conf, likely.view(B, 1, L)), GUESS: c.tok}
+        told = {name: torch.where(live, v, 0) for name, v in told.items()}
+        new = new._replace(mem={name: torch.cat((v, torch.zeros_like(v)), 1) for name, v in told.items()})
     new, n, why = committed(policy, new, spent & decode, bad, ids.mask)
     n, why = (torch.where(buf.done, 0, v).int() for v in (n, why))
     new = new._replace(done=buf.done | (why != RUNNING))

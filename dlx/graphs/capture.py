@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -12,11 +13,10 @@ from triton.errors import TritonError
 
 from dlx.errors import ConfigError
 from dlx.graphs.loop import Launch, WhileGraph, unrolled
+from dlx.graphs.modes import Mode
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["off", "compile", "capture"]
-MODES: tuple[Mode, ...] = ("off", "compile", "capture")
 Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as one graph, or a graph a turn
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
 
@@ -35,7 +35,9 @@ class Graphs:
         self._run: dict[Hashable, Callable[[], None]] = {}
         self._turns: dict[Hashable, Callable[[], None]] = {}  # of loops
         self.routes: dict[Hashable, Route] = {}
+        self.dropped: set[Hashable] = set()  # there was no memory to capture these: they are compiled alone
         self._kept: list[object] = []
+        self._side: torch.cuda.Stream | None = None  # of all warm-ups: cuBLAS keeps a workspace a stream
         self._pool = torch.cuda.graph_pool_handle() if mode == "capture" else None
 
     def __contains__(self, key: Hashable) -> bool:
@@ -51,8 +53,9 @@ class Graphs:
         if self.mode == "compile":
             self._run[key] = ready
             return
-        self._run[key] = self._graph(ready).replay
-        log.info("captured %s in %.1f s", key, time.monotonic() - began)
+        with self._or(key, ready):
+            self._run[key] = self._graph(ready).replay
+            log.info("captured %s in %.1f s", key, time.monotonic() - began)
 
     def add_loop(
         self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None], launch: Launch, unroll: bool
@@ -64,8 +67,13 @@ class Graphs:
         if self.mode != "capture":
             self._run[key], self._turns[key] = unrolled(begin, turn, launch), turn
             return
+        with self._or(key, unrolled(begin, turn, launch), turn):
+            self._capture_loop(key, begin, turn, launch, unroll)
+
+    def _capture_loop(
+        self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None], launch: Launch, unroll: bool
+    ) -> None:
         first, step = self._graph(begin, keep=True), self._graph(turn, keep=True)
-        self._turns[key] = step.replay  # instantiates the turn if it is asked for
         if not unroll:
             try:
                 loop = WhileGraph(first, step, launch)
@@ -74,10 +82,11 @@ class Graphs:
             else:
                 self._kept.append(loop)
                 self._run[key], self.routes[key] = loop.replay, "while"
+                self._turns[key] = step.replay  # instantiates the turn if it is asked for
                 return
         first.instantiate()
         step.instantiate()
-        self._run[key] = unrolled(first.replay, step.replay, launch)
+        self._run[key], self._turns[key] = unrolled(first.replay, step.replay, launch), step.replay
 
     def replay(self, key: Hashable) -> None:
         """Run the graph of `key` on the current stream."""
@@ -87,9 +96,28 @@ class Graphs:
         """Run one turn of the loop `key`, or all of what is no loop: for measurements, as the host is told nothing."""
         self._turns.get(key, self._run[key])()
 
+    @contextmanager
+    def _or(self, key: Hashable, run: Callable[[], None], turn: Callable[[], None] | None = None) -> Iterator[None]:
+        """Where memory runs out while `key` is captured, take this instead: the same, compiled alone."""
+        stream = torch.cuda.current_stream(self.device)
+        try:
+            yield
+        except RuntimeError as error:
+            if not short(error):
+                raise
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own
+            self.dropped.add(key)
+            self._run[key], self._turns[key] = run, turn or run
+            log.warning(
+                "no memory to capture %s: it runs compiled alone, or in a larger graph; lower gpu_memory_utilization, "
+                "max_num_seqs or num_pages: %s", key, error
+            )  # fmt: skip
+        if key in self.dropped:
+            torch.cuda.empty_cache()  # what the error held is free only now
+
     def _graph(self, fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
         """`fn` captured; `keep` leaves it to be instantiated, or to be put into another graph."""
-        side = torch.cuda.Stream(self.device)
+        side = self._side = self._side or torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -100,6 +128,15 @@ class Graphs:
             fn()
         self._kept.append(graph)
         return graph
+
+
+def short(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, or came of one that does."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def compiled(fn: Callable[[], None]) -> Callable[[], None]:

@@ -86,7 +86,8 @@ def _step(policy: Policy, ids: Ids, device: torch.device, dtype: torch.dtype) ->
     net = Blank(ids.vocab, device, dtype)
     if policy.turn is not None:
         T = 4 * policy.L
-        buf = buffer.allocate(2, 1, policy.L if policy.turn.blocks else T, 1, 1, device, mem=policy.memory())
+        width = policy.L if policy.turn.blocks else T
+        buf = buffer.allocate(2, 1, width, 1, 1, device, mem=policy.memory(width))
         memory = sequence.allocate(2, T + policy.L, device)
         for scope, what in enumerate(policy.turn.scopes):
             sequence.denoise(policy, scope, what.width(policy.L) or T, ids, net, buf, memory, ())

@@ -45,6 +45,7 @@ from dlx.graphs.rules import (
     Whole,
     Within,
 )
+from dlx.graphs.rules.shown import columns
 
 RULES = ("score", "select", "rewrite", "settle", "embed")
 NUMBERS = ("accept", "open_at", "force_at", "edit", "remask", "stability")  # fields that are defaults of columns
@@ -71,6 +72,7 @@ class Policy:
     auto_max_nfe        a request without a max_nfe gets one in this forward, from its tokens per forward so far (see
                         stops.py; it can cut answers); None: never
     max_repetition_run  a token that stands so often in a row ends the answer; requests may override it; None: no guard
+    watch     the window keeps proposals and confidences for whoever watches; Config.watch sets it
     accept, open_at, force_at, edit, remask, stability  defaults of the columns a request may override (SamplingParams)
     asks, keepers, seen  what its rules ask for; those that keep a memory; the names of it that `embed` sees
     """
@@ -95,6 +97,7 @@ class Policy:
     filters: bool = False
     auto_max_nfe: int | None = None
     max_repetition_run: int | None = None
+    watch: bool = False
     asks: Asks = field(init=False, repr=False, compare=False)
     keepers: tuple[Keeping, ...] = field(init=False, repr=False, compare=False)
     seen: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -135,6 +138,8 @@ class Policy:
                 f"confidence={self.confidence!r} with filters={self.filters!r} is not allowed; "
                 f"use one of {', '.join(CONFIDENCES)}, and True or False"
             )
+        if not isinstance(self.watch, bool):
+            raise PolicyError(f"watch={self.watch!r} is not a bool; pass True or False")
         for name in RULES:
             rule = getattr(self, name)
             if not callable(rule) or isinstance(rule, type) or not (is_dataclass(rule) and _frozen(rule)):
@@ -159,10 +164,14 @@ class Policy:
         if self.canvas is not None and (keepers or self.asks != Asks() or self.filters):
             raise PolicyError(f"{self.canvas} keeps no memory and has no filters; use rules that need none")
 
-    def memory(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What the rules keep of a block: name → shape behind [B, N+1], dtype. For a policy with its block length."""
+    def memory(self, width: int | None = None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What is kept of a block: name → shape behind [B, N+1], dtype. For a policy with its block length.
+
+        width  positions of a place, where that is not a block; rules keep nothing then
+        """
         assert self.L is not None, "bind() gives a policy its block length"
-        return {name: kept for rule in self.keepers for name, kept in rule.memory(self.L).items()}
+        kept = {name: each for rule in self.keepers for name, each in rule.memory(self.L).items()}
+        return kept | (columns(width or self.L) if self.watch else {})
 
     @property
     def keeps(self) -> bool:
@@ -240,5 +249,5 @@ def named(policy: str | Policy) -> Policy:
     if isinstance(policy, Policy):
         return policy
     if not isinstance(policy, str) or policy not in POLICIES:
-        raise PolicyError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or pass a Policy")
+        raise PolicyError(f"policy={policy!r} is unknown; use one of {', '.join(POLICIES)}, or pass a Policy")
     return POLICIES[policy]

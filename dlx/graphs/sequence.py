@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
 from dlx.graphs.policies import Policy
-from dlx.graphs.rules import Seen
+from dlx.graphs.rules import Candidates, Seen
+from dlx.graphs.rules.shown import proposals
 from dlx.graphs.rules.turn import ALL, PAIR, REST, SUB, After, Scope, first
 from dlx.graphs.step import Ids, Network, propose, silent
 from dlx.graphs.stops import budgeted, committed
@@ -162,6 +163,12 @@ def denoise(
             shape = (B, *[1] * (now.dim() - 1))
             now = torch.where(whole.view(shape), 0, torch.where(on.view(shape), now, mem[name]))
             kept[name] = torch.cat((now, torch.zeros_like(now)), 1)
+    if policy.watch:  # an answer without blocks is decided from position 0 on, and shown from its begin
+        place = (block - where[:, :1]).clamp(0, where.shape[1] - 1).long()[:, None]
+        there = Candidates(c.tok.gather(2, place), c.conf.gather(2, place))
+        seen = w._replace(**{name: getattr(w, name).gather(2, place) for name in ("tok", "todo", "live")})
+        for name, now in proposals(there, seen, tok[:, None], mem).items():
+            kept[name] = torch.cat((torch.where(whole[:, None, None], 0, now), torch.zeros_like(now)), 1)
 
     # commit: a block that is decided is delivered, and the next begins
     at("commit")

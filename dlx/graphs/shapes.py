@@ -44,5 +44,5 @@ def bucket(sizes: tuple[int, ...], n: int) -> int:
 
 
 def page_bytes(heads: Iterable[tuple[int, int]], S: int, itemsize: int) -> int:
-    """Bytes of one page of K and V over all layers, given each one's (G, D)."""
-    return 2 * S * sum(G * D for G, D in heads) * itemsize
+    """Bytes of one page of K and V over all layers, given each one's (G, D); of fp8 with its scales."""
+    return 2 * sum(S * G * D * itemsize + (4 * G if itemsize == 1 else 0) for G, D in heads)

@@ -13,6 +13,7 @@ from dlx.graphs.packing import fitting, layout, seats
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Memory, Seen
 from dlx.graphs.rules.settle import SAME
+from dlx.graphs.rules.shown import proposals
 from dlx.graphs.stops import budgeted, committed, leading
 from dlx.ops import OPS
 from dlx.ops.attention import View
@@ -127,6 +128,8 @@ def denoise(
         for name, kept in rule.keep(proposed, w, tok, whole).items():
             now = deciding.view(*whole.shape, *[1] * (kept.dim() - 2))
             mem[name] = cut.back(buf.mem[name], torch.where(now, kept, w.mem[name]))
+    if policy.watch:
+        mem |= {name: cut.back(buf.mem[name], kept) for name, kept in proposals(c, w, tok, w.mem).items()}
     tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
     bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
 

@@ -31,6 +31,10 @@ class Layer(nn.Module):
             else MoE(card.hidden, mixture, device, dtype, card.fp8)
         )
 
+    def bounds(self) -> Tensor:
+        """[2, G] f32: what no number of a head's k and v passes, whatever the tokens."""
+        return self.attn.bounds(self.attn_norm.weight)
+
 
 class Decoder(nn.Module):
     """A network as the step sees it: `embed`, `forward`, `head`.

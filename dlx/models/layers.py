@@ -41,6 +41,12 @@ class LowRank(nn.Module):
         assert slot is not None, "a network with adapters must be told whose rows it computes"
         return torch.where(slot[..., None] == self.slots, F.linear(x, self.a), 0.0) @ self.b
 
+    def bounds(self, gain: Tensor) -> Tensor:
+        """[out] f32: what no slot adds more than; see Linear.bounds."""
+        S = int(self.slots.max())  # at load
+        norms = torch.linalg.vector_norm(self.a.float() * gain.float(), dim=-1, keepdim=True)
+        return gain.numel() ** 0.5 * (norms * self.b.float().abs()).unflatten(0, (S, -1)).sum(1).amax(0)
+
 
 class Linear(nn.Module):
     """x [..., in] → x · weightᵀ (+ bias) [..., out]; weight [out, in], bias [out] if there is one.
@@ -64,6 +70,13 @@ class Linear(nn.Module):
             weight = (weight.float() * self.scale[:, None]).to(x.dtype)
         y = F.linear(x, weight, self.bias)
         return y if self.adapters is None else y + self.adapters(x, slot)
+
+    def bounds(self, gain: Tensor) -> Tensor:
+        """[out] f32: what no |y| passes where x is x' / rms(x') · gain [in], whatever x'."""
+        weight = self.weight.float() if self.scale is None else self.weight.float() * self.scale[:, None]
+        y = gain.numel() ** 0.5 * torch.linalg.vector_norm(weight * gain.float(), dim=-1)
+        y = y if self.bias is None else y + self.bias.float().abs()
+        return y if self.adapters is None else y + self.adapters.bounds(gain)
 
     def project(
         self,

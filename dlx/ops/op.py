@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dlx.environment import environment
 from dlx.errors import ShapeError
 
 LIBRARY = torch.library.Library("dlx", "DEF")
-DEBUG = os.environ.get("DLX_DEBUG") == "1"  # kernels check page indices: none outside the cache is read or written
+DEBUG = environment().debug  # kernels check page indices: none outside the cache is read or written
 
 
 class Cost(NamedTuple):

@@ -1,4 +1,4 @@
-"""Recorded launch configurations: what `tools/tune.py` found to be fastest on this GPU.
+"""Recorded launch configurations: what `dlx tune` found to be fastest on this GPU.
 
     profiles/kernels/<gpu>/<op>.json   {"schema": 1, "op": …, "gpu": …, "default": {…} or null,
                                         "configs": [{"key": [rows, …], "config": {field: value}, …}], "made": {…}}
@@ -50,7 +50,7 @@ def tuned(op: str, key: tuple[int, ...], default: L, fits: Callable[[L], bool] =
 
 
 def found(op: str, key: tuple[int, ...], default: L, fits: Callable[[L], bool]) -> L:
-    """What `tuned` returns; `tools/tune.py` stands in here while it tries configurations."""
+    """What `tuned` returns; the search stands in here while it tries configurations."""
     if not torch.cuda.is_available():
         return default
     gpu = slug(torch.cuda.get_device_name())

@@ -6,10 +6,10 @@ Nothing of a checkpoint is executed: pickles are refused, and `auto_map` is not 
 from __future__ import annotations
 
 from dlx.weights.adapter import Adapter, install
-from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, index, inside, read_config, read_json
+from dlx.weights.files import INDEX, SHOWN, SINGLE, Json, Stored, index, inside, read_config, read_json
 from dlx.weights.fp8 import FP8
 from dlx.weights.hub import fetched
-from dlx.weights.parameters import FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, release, rows
+from dlx.weights.parameters import FUSED, LAYOUT, Delta, check, chosen, fill, layout, load, random, rows
 
 __all__ = [
     "FP8",
@@ -21,6 +21,7 @@ __all__ = [
     "Adapter",
     "Delta",
     "Json",
+    "Stored",
     "check",
     "chosen",
     "fetched",
@@ -33,6 +34,5 @@ __all__ = [
     "random",
     "read_config",
     "read_json",
-    "release",
     "rows",
 ]

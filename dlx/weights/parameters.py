@@ -203,12 +203,6 @@ def layout(config: Json, places: Mapping[str, Place], params: Mapping[str, Tenso
     return {name: Place(name, 0, tuple(param.shape)) for name, param in params.items() if name not in made}
 
 
-def release(params: Mapping[str, Tensor]) -> None:
-    """Give the memory of half-filled parameters back, whoever still holds them: an error's traceback does."""
-    for param in params.values():
-        param.untyped_storage().resize_(0)
-
-
 def random(params: Mapping[str, Tensor], seed: int) -> None:
     """Fill `params` in place for benchmarks: matrices from N(0, 0.02²), vectors with ones, but biases with zeros."""
     draws: dict[torch.device, torch.Generator] = {}

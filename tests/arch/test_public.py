@@ -12,6 +12,9 @@ from dlx import errors
 
 PUBLIC = {
     "LLM",
+    "AsyncEngine",
+    "DecodeSession",
+    "BusyError",
     "SamplingParams",
     "Output",
     "Chunk",

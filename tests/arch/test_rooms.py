@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # room → what its files may import of dlx; host modules may import everything
 ROOMS = {
-    "ops": {"ops", "errors", "provenance"},  # a leaf, like errors: records are named by their machine
+    "ops": {"ops", "environment", "errors", "provenance"},  # leaves, like errors: DLX_DEBUG; records name their machine
     "models": {"models", "ops", "errors"},
     "graphs": {"graphs", "ops", "errors"},
 }
@@ -44,9 +44,9 @@ def test_the_device_does_not_know_the_host() -> None:
 
 
 def test_every_folder_of_code_is_a_known_room() -> None:
-    # host: what is measured, the shop front, the bundled model's tasks, checkpoints
+    # host: what is measured, evaluation through lm-eval, the shop front, the bundled model's tasks, checkpoints
     folders = {path.parent.name for path in (ROOT / "dlx").glob("*/*.py")}
-    assert folders - {"bench", "serve", "tasks", "weights"} == set(ROOMS)
+    assert folders - {"bench", "cli", "harness", "serve", "tasks", "weights"} == set(ROOMS)
 
 
 def test_the_package_imports_no_tool_and_no_test() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dlx.bench.arguments import SHAPES
 from tools import bench, roofline
 
 HERE = ["--shape", "nano", "--block", "16", "--context", "64", "--device", "cpu"]
@@ -50,5 +51,5 @@ def test_what_cannot_be_measured_is_refused(argv: list[str], told: str, capsys: 
 def test_every_shape_of_the_tools_is_one_that_dlx_can_build() -> None:
     from dlx.models.card import Card
 
-    for path in bench.SHAPES.glob("*.json"):
+    for path in SHAPES.glob("*.json"):
         assert Card.from_hf(json.loads(path.read_text()), {}).layers > 0

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from dlx import LLM, ConfigError, SamplingParams
+from dlx.config import Config
+from dlx.graphs import capture, loop
 from dlx.graphs.capture import Graphs
+from dlx.worker import Worker
 
 PROMPTS = [[{"role": "user", "content": q}] for q in ("12 + 34 =", "57 + 61 =", "12 + 34 + 56 =", "88 + 11 + 45 =")]
 
@@ -69,6 +72,80 @@ def test_a_function_is_replayed_by_its_key() -> None:
     assert seen == ["two"]
     assert ("step", 1) in graphs
     assert ("step", 4) not in graphs
+
+
+class Short(Graphs):
+    """Graphs of a GPU that has no memory for a capture. A subclass, as captures need a GPU."""
+
+    def __init__(self, ended: bool) -> None:
+        super().__init__("compile", torch.device("cpu"))
+        self.mode = "capture"
+        self.ended = ended  # else the capture cannot be ended either, and that is what is raised
+
+    def _graph(self, fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        finally:
+            if not self.ended:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called of torch.cuda beside a capture, and functions as they are in place of compiled ones."""
+    for name in ("current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    monkeypatch.setattr(capture, "compiled", lambda fn: fn)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_bucket_without_memory_for_its_graph_runs_compiled_with_one_warning(
+    cuda: None, ended: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+    graphs = Short(ended)
+    graphs.add(("step", 8), lambda: seen.append("eight"))
+    graphs.replay(("step", 8))
+    graphs.replay(("step", 8))
+    assert seen == ["eight", "eight"]
+    assert graphs.dropped == {("step", 8)}
+    (warning,) = [r.message for r in caplog.records]
+    assert "no memory to capture ('step', 8)" in warning and "lower gpu_memory_utilization" in warning
+
+
+def test_a_loop_without_memory_for_its_graph_runs_turn_by_turn(cuda: None) -> None:
+    seen: list[str] = []
+    launch = loop.allocate(1, 4, 3, torch.device("cpu"))
+    launch.left.fill_(2)
+    launch.epoch.fill_(1)
+    launch.on.fill_(1)
+    graphs = Short(ended=True)
+    graphs.add_loop("key", lambda: seen.append("begin"), lambda: seen.append("turn"), launch, unroll=False)
+    graphs.replay("key")
+    graphs.turn("key")
+    assert seen == ["begin", "turn", "turn", "turn"]
+    assert (graphs.routes["key"], graphs.dropped) == ("unrolled", {"key"})
+
+
+def test_another_error_of_a_capture_is_raised(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Short(ended=True)
+
+    def broken(fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(graphs, "_graph", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        graphs.add(("step", 1), lambda: None)
+    assert not graphs.dropped and ("step", 1) not in graphs
+
+
+def test_rows_take_a_larger_graph_before_one_that_was_dropped(nano: Path) -> None:
+    w = Worker(Config.from_args(nano, "single_bd", "compile", device="cpu", max_num_seqs=4, max_model_len=128))
+    for B in (1, 2, 4):
+        w.graphs._run["step", B] = lambda: None
+    assert [w._ready(n, 0, 0)[0] for n in (1, 2, 4)] == [1, 2, 4]
+    w.graphs.dropped |= {("step", 1), ("step", 4)}
+    assert [w._ready(n, 0, 0)[0] for n in (1, 2, 4)] == [2, 2, 4]
 
 
 def test_capture_on_a_cpu_is_refused() -> None:

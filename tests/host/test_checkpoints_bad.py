@@ -103,9 +103,9 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 
 def held() -> int:
-    """Bytes of all tensors that Python holds."""
+    """Bytes of all tensors that Python holds; those of the meta device have none."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta]
     return sum({id(x): x.untyped_storage().nbytes() for x in tensors}.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 
 import dlx
 from dlx import cli, doctor, errors
+from dlx.cli import loading
 from dlx.graphs.policies import POLICIES
 from dlx.request import Chunk, Finish, Output, SamplingParams, Timings
 
@@ -65,7 +67,7 @@ class FakeLLM:
 def fake(monkeypatch: Patch) -> FakeLLM:
     """The model that every command finds."""
     llm = FakeLLM()
-    monkeypatch.setattr(cli, "load", lambda flags: nullcontext(llm))
+    monkeypatch.setattr(loading, "load", lambda found, **more: nullcontext(llm))
     return llm
 
 
@@ -104,14 +106,14 @@ WRONG_WORDS = [
 
 @pytest.mark.parametrize("flags", WRONG_VALUES + WRONG_WORDS)
 def test_a_wrong_flag_is_a_usage_error_that_names_it(run: Run, monkeypatch: Patch, flags: str) -> None:
-    monkeypatch.setattr(cli, "load", lambda flags: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda found, **more: pytest.fail("a model was loaded"))
     code, out, err = run("generate", "hi", *flags.split())
     name = flags.split()[0]
     assert (code, out, err[:7], err.count("\n")) == (2, "", "error: ", 1)
-    assert (name[2:].replace("-", "_") + "=" if flags in WRONG_VALUES else name) in err
+    assert (name + "=" if flags in WRONG_VALUES else name) in err
 
 
-@pytest.mark.parametrize("line", ["generate", "frobnicate", "chat hi"])
+@pytest.mark.parametrize("line", ["frobnicate", "chat hi", "bench nothing", "config nothing"])
 def test_a_wrong_command_is_a_usage_error(run: Run, line: str) -> None:
     code, out, err = run(*line.split())
     assert (code, out) == (2, "")
@@ -182,14 +184,16 @@ def test_flags_become_sampling_parameters(run: Run, fake: FakeLLM) -> None:
 def test_json_holds_the_answer_its_figures_and_what_made_it(
     run: Run, monkeypatch: Patch, nano_llm: LLM, nano: Path
 ) -> None:
-    monkeypatch.setattr(cli, "load", lambda flags: nullcontext(nano_llm))
+    monkeypatch.setattr(loading, "load", lambda found, **more: nullcontext(nano_llm))
+    chat: Any = [{"role": "user", "content": "12 + 30 = ?"}]
+    nano_llm.generate(chat, SamplingParams(max_tokens=32))  # from now on the prompt's pages are cached
     code, out, err = run("generate", "12 + 30 = ?", "--json", "--max-tokens", "32")
     assert (code, err) == (0, "")
     record = json.loads(out)
-    chat: Any = [{"role": "user", "content": "12 + 30 = ?"}]
     (output,) = nano_llm.generate(chat, SamplingParams(max_tokens=32))
-    for name in ("text", "token_ids", "finish_reason", "tokens", "nfe", "prefill_forwards"):
+    for name in ("text", "token_ids", "finish_reason", "tokens", "nfe"):
         assert record.pop(name) == getattr(output, name)
+    assert record.pop("prefill_forwards") in (0, 1)  # none where the prefix was there
     assert record.pop("tokens_per_forward") == output.tokens / output.nfe
     assert set(record.pop("timings")) == {"admitted_s", "first_block_s", "total_s"}
     assert record.pop("policy") == json.loads(json.dumps(nano_llm.policy.describe()))
@@ -260,7 +264,7 @@ def test_threads_are_as_omp_num_threads_says_else_the_faster_number(
 @pytest.mark.parametrize(
     ("flags", "expected", "named"),
     [
-        ("--policy frob", 2, "policy 'frob' is unknown; use one of single_bd, multi_bd"),
+        ("--policy frob", 2, "--policy='frob' is unknown; use one of single_bd, multi_bd"),
         ("--model no/such/folder", 3, "no/such/folder"),
         ("--graphs capture", 2, "graphs='capture' needs a CUDA device"),
         ("--block-length 5", 2, "blocks of 5 tokens"),
@@ -277,13 +281,34 @@ def test_what_the_model_refuses_is_told_in_one_line(
     assert named in err
 
 
-def test_help_and_version_import_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "triton", "tokenizers", "numpy", "pydantic", "jinja2")
-    lines = "generate hi --threshold 2", "generate --help", "--help", "--version"
+HEAVY = ("torch", "transformers", "triton", "tokenizers", "numpy", "jinja2", "fastapi", "uvicorn", "lm_eval", "yaml")
+
+
+def loaded_by(*lines: str) -> tuple[str, list[str]]:
+    """Stdout of command lines of one process, and what it imported, of dlx and of what is heavy."""
     code = f"import sys; from dlx.cli import main\nfor line in {lines}: main(line.split())\n"
-    done = process("-c", code + f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)")
-    assert done.stderr.endswith("[]\n")
-    assert done.stdout.endswith(f"dlx {dlx.__version__}\ntorch {version('torch')}\n")
+    code += f"names = [n for n in sys.modules if n in {(*HEAVY, 'pydantic')} or n.startswith('dlx')]\n"
+    done = process("-c", code + "print(sorted(names), file=sys.stderr)")
+    return done.stdout, ast.literal_eval(done.stderr.splitlines()[-1])
+
+
+def test_help_imports_the_command_line_alone() -> None:
+    assert loaded_by("--help")[1] == ["dlx", "dlx.cli", "dlx.cli.notices", "dlx.errors"]
+
+
+def test_version_names_torch_without_importing_it() -> None:
+    out, names = loaded_by("--version")
+    assert out == f"dlx {dlx.__version__}\ntorch {version('torch')}\n"
+    assert not {*HEAVY, "pydantic"} & set(names)
+
+
+def test_help_of_every_command_and_completion_import_nothing_heavy() -> None:
+    lines = [f"{name} --help" for name in cli.COMMANDS]
+    assert not set(HEAVY) & set(loaded_by(*lines, "completion bash", "completion zsh", "completion fish")[1])
+
+
+def test_a_wrong_flag_is_refused_before_anything_heavy() -> None:
+    assert not set(HEAVY) & set(loaded_by("generate hi --threshold 2", "generate hi --max-num-seqs 0")[1])
 
 
 def test_stdout_of_a_process_is_the_answer_alone(nano: Path) -> None:

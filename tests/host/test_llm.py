@@ -280,7 +280,7 @@ def test_a_closed_model_says_so_and_may_be_closed_again(nano: Path) -> None:
 def test_a_generation_that_is_interrupted_leaves_nothing_behind(four: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     before = one(four, CHAT)
     turns = iter([four.engine.step] * 2)
-    monkeypatch.setattr(four.engine, "step", lambda watch=False: next(turns)(watch))  # the third turn raises
+    monkeypatch.setattr(four.engine, "step", lambda: next(turns)())  # the third turn raises
     with pytest.raises(StopIteration):
         four.generate([[72]] * 6, LONG)
     monkeypatch.undo()

@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 
 from dlx import LLM, SamplingParams, caches, cli, pack
 from dlx.caches import GRAPHS
-from dlx.config import Config, environment
+from dlx.config import Config
+from dlx.environment import environment
 from dlx.errors import CapacityError, ConfigError, ModelError
 from dlx.graphs.policies import POLICIES
 from dlx.graphs.rules import Fixed
@@ -172,6 +173,7 @@ def test_graphs_that_torch_cannot_load_are_told_of(
         {"page_size": 32},
         {"num_pages": 5},
         {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "fp8"},
         {"forwards": 4},
         {"policy": "multi_bd"},
         {"policy": replace(POLICIES["single_bd"], select=Fixed(2))},

@@ -54,6 +54,7 @@ def test_chunks_join_to_the_answer(two: LLM, params: SamplingParams, watch: bool
         chunks = list(two.stream(prompt, params, watch))
         output = whole(chunks)
         assert output[1:7] == expected[1:7]  # all but the number, the timings and what was prefilled before
+        assert output.stop == expected.stop
         assert "".join(chunk.text for chunk in chunks) == output.text
         assert [tok for chunk in chunks for tok in chunk.token_ids] == output.token_ids
     assert at_rest(two)
@@ -132,9 +133,9 @@ def patient(two: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """The same; a reader who would wait for ever fails."""
     step, turns = two.engine.step, iter(range(500))
 
-    def counted(watch: bool = False) -> list[Chunk]:
+    def counted() -> list[Chunk]:
         assert next(turns, None) is not None, "500 steps, and no end"
-        return step(watch)
+        return step()
 
     monkeypatch.setattr(two.engine, "step", counted)
     return two
@@ -168,15 +169,15 @@ def test_no_chunk_follows_the_last_one_of_a_request(nano: Path) -> None:
         engine = llm.engine
         engine.lag = 1
         short, _ = engine.add_all(
-            [([5] * 16, SamplingParams(max_nfe=1)), ([5] * 16, SamplingParams(max_tokens=64, max_nfe=40))]
+            [([5] * 16, SamplingParams(max_nfe=1)), ([5] * 16, SamplingParams(max_tokens=64, max_nfe=40))], watch=True
         )
         chunks = engine.step()  # leaves a launch unread
         while not engine.idle:
-            chunks += engine.step(watch=True)
+            chunks += engine.step()
         assert [c.finish is not None for c in chunks if c.id == short] == [True]
 
 
-def test_a_failed_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(max_tokens=24)
     expected = nano_llm.generate([5] * 9, params)[0].token_ids
     engine = nano_llm.engine
@@ -185,10 +186,10 @@ def test_a_failed_launch_loses_no_request(nano_llm: LLM, monkeypatch: pytest.Mon
 
     def fail(plan: object) -> None:
         monkeypatch.setattr(engine.worker, "launch", launch)
-        raise MemoryError("no room for a graph")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.worker, "launch", fail)
-    with pytest.raises(MemoryError, match="no room for a graph"):
+    with pytest.raises(KeyboardInterrupt):
         engine.step()
     chunks = []
     while not engine.idle:

@@ -86,7 +86,7 @@ def test_the_experts_cost_counts_those_touched(small: str) -> None:
 
 @pytest.mark.parametrize("name", ["sdar-1.7b", "sdar-4b", "sdar-8b"])
 def test_the_shapes_are_those_of_the_configs(name: str) -> None:
-    config = json.loads((ROOT / "tools" / "shapes" / f"{name}.json").read_text())
+    config = json.loads((ROOT / "dlx" / "bench" / "shapes" / f"{name}.json").read_text())
     shape = SHAPES[name]
     assert (shape.layers, shape.E, shape.F) == tuple(
         config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")

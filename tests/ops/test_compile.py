@@ -24,9 +24,9 @@ from dlx.ops import OPS, tuned
 from dlx.ops.bench import case, dense, mixture, paged
 from dlx.ops.bench.__main__ import SUITES
 from dlx.ops.bench.case import Case
+from dlx.ops.bench.search import forget
 from dlx.ops.bench.shapes import SHAPES
 from dlx.ops.op import Op, launch_options, processors, shared_limit
-from tools.tune import forget
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 STACK_BYTES = {"_kv_store": 32}  # the table with which cos and sin reduce large angles

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from dlx.ops import linear
 from dlx.ops import tuned as records
+from dlx.ops.bench import search as searching
+from dlx.ops.bench import tune
 from dlx.ops.bench.chain import Built, Took
 from dlx.ops.bench.report import Roof
+from dlx.ops.bench.search import FAR, Ask, Best, answering, apart, asked, neighbours, search, with_config
+from dlx.ops.bench.tune import merged
 from dlx.ops.op import Cost
-from tools import tune
-from tools.tune import Ask, Best, answering, apart, asked, merged, neighbours, search, with_config
+from tools import tune as tool
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -89,7 +92,7 @@ def test_results_are_compared_by_their_size_and_ids_by_how_many_differ() -> None
     assert apart(x, x) == 0
     assert apart(x * 1.1, x) == pytest.approx(0.1)
     assert apart((x, torch.tensor([1, 2, 3, 4])), (x, torch.tensor([1, 2, 3, 5]))) == 0.25
-    assert not apart(x * math.nan, x) <= tune.FAR
+    assert not apart(x * math.nan, x) <= FAR
 
 
 @cache
@@ -131,8 +134,8 @@ def test_what_is_written_is_found_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(records, "folder", lambda: tmp_path)
     found = Best(Launch(32, 4, 8, True), 10.0, 12.0, {})
     built = Built(lambda i: None, {}, 2, Cost(0, 5_000_000))
-    tune.write(tmp_path, "matmul", [tune.described("a case", ask(), built, found, Roof(1e12, 1e15))])
-    path = tune.write(tmp_path, "matmul", [entry(32, 16)])
+    tune.write(tmp_path, "matmul", [tune.described("a case", ask(), built, found, Roof(1e12, 1e15))], "dlx tune")
+    path = tune.write(tmp_path, "matmul", [entry(32, 16)], "dlx tune")
     assert records.tuned("matmul", (8, 512), CODE) == found.config
     assert records.tuned("matmul", (40, 512), CODE) == Launch(16, 1, 4)
     text = path.read_text()
@@ -162,17 +165,17 @@ def test_the_code_stays_where_nothing_is_clearly_faster(
         return torch.full((3,), float(i)) if choose_launch(8) else torch.empty(0)
 
     monkeypatch.setattr(linear, "choose_launch", choose_launch, raising=False)
-    monkeypatch.setattr(tune, "captured", lambda call, copies, n: call(0))
-    monkeypatch.setattr(tune, "turns", timings(10.0, best_us))
-    monkeypatch.setattr(tune, "search", lambda *_: (Launch(32, 4, 8), {}))
+    monkeypatch.setattr(searching, "captured", lambda call, copies, n: call(0))
+    monkeypatch.setattr(searching, "turns", timings(10.0, best_us))
+    monkeypatch.setattr(searching, "search", lambda *_: (Launch(32, 4, 8), {}))
     case: Any = type("Case", (), {"build": lambda self, device: Built(own, {}, 2, Cost(0, 1000))})()
-    ((question, _, best),) = tune.tune(case, torch.device("cpu"), set(), forever())
+    ((question, _, best),) = searching.tune(case, torch.device("cpu"), set(), forever())
     assert question.key == (8, 512)
     assert best.config == (Launch(32, 4, 8) if taken else CODE)
-    assert not list(tune.tune(case, torch.device("cpu"), {("matmul", (8, 512))}, forever()))
+    assert not list(searching.tune(case, torch.device("cpu"), {("matmul", (8, 512))}, forever()))
 
 
 def test_without_a_gpu_the_tool_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--op", "linear"]) == 2
+    assert tool.main(["--op", "linear"]) == 2
     assert "tuned on a GPU" in capsys.readouterr().err

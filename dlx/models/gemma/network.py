@@ -50,7 +50,10 @@ def gated(mlp: MLP, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """qkv [(H + 2G)·D, E], or q and k only where the layer sees everywhere: there v is the raw k. v is normalised."""
+    """qkv [(H + 2G)·D, E], or q and k only where the layer sees everywhere: there v is the raw k. v is normalised.
+    `scales` [2, P, G] are those of fp8 pages."""
+
+    scales: Tensor | None
 
     def __init__(self, card: Card, layer: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,17 +65,19 @@ class Attention(nn.Module):
         self.qkv = Linear(card.hidden, (card.heads + stored) * D, device, dtype)
         self.q_norm, self.k_norm = (Norm(D, card.eps, device, dtype) for _ in range(2))
         self.out = Linear(card.heads * D, card.hidden, device, dtype)
+        self.register_buffer("scales", None, persistent=False)
 
-    def forward(self, x: Tensor, view: View, first: Tensor, frequencies: Tensor, kv: Tensor) -> Tensor:
+    def forward(self, x: Tensor, view: View, first: Tensor | None, frequencies: Tensor, kv: Tensor) -> Tensor:
         """x [B, C, E] → [B, C, E]; writes this layer's pages kv [2, P, S, G, D]; first as of ops.attention."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         if self.everywhere:
             qkv = torch.cat((qkv, qkv[:, :, self.heads :]), 2)
         q = OPS["kv_store"](
             qkv, self.q_norm.weight, self.k_norm.weight, view.pos, frequencies, kv, view.pages, view.seen, self.eps,
-            None, True,
+            self.scales, True,
         )  # fmt: skip
-        y = OPS["attention"](q, kv, view.pages, view.seen, 1.0, None if self.everywhere else first)
+        first = None if self.everywhere else first
+        y = OPS["attention"](q, kv, view.pages, view.seen, 1.0, first, None, self.scales)
         return self.out(y.flatten(2))
 
 
@@ -110,6 +115,12 @@ class Layer(nn.Module):
         norms = (Norm(E, card.eps, device, dtype) for _ in range(7))
         self.attn_in, self.attn_out, self.mlp_in, self.dense_out, self.moe_in, self.moe_out, self.mlp_out = norms
         self.scalars = parameter(2, device=device, dtype=dtype)  # of the encoder, of the decoder
+
+    def bounds(self) -> Tensor:
+        """[2, G] f32: what no number of a head's k and v passes, whatever the tokens; both are normalised."""
+        gain = self.attn.k_norm.weight.float()
+        both = self.attn.head_dim**0.5 * torch.stack((gain.abs().max(), torch.ones_like(gain[0])))
+        return both[:, None].expand(2, self.attn.kv_heads).contiguous()
 
     def experts(self, x: Tensor, seen: Tensor) -> Tensor:
         """The experts' part for the stream x [B, C, E]; they see it normalised, their router does not."""

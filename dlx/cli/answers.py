@@ -1,0 +1,86 @@
+"""Commands that answer: one prompt, a file of them, or a talk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from dlx.cli import loading
+from dlx.cli.flags import ENGINE, NONE, PLAIN, SAMPLING, Call, Given, asked, flags, taking
+from dlx.cli.notices import complain, notice, set_logging
+from dlx.errors import DlxError, RequestError
+
+if TYPE_CHECKING:
+    from dlx.llm import LLM, Message
+
+Json = Annotated[bool, Parameter(help="Print an answer and its figures as one JSON object.")]
+
+
+@taking(engine=flags(ENGINE), sampling=flags(SAMPLING))
+def generate(
+    prompt: Annotated[str | None, Parameter(help="The prompt; - reads it from stdin.")] = None,
+    /,
+    *,
+    jsonl: Annotated[Path | None, Parameter(help="File of prompts instead, a JSON object a line; - is stdin.")] = None,
+    out: Annotated[Path | None, Parameter(help="Where answers to --jsonl go; else stdout.")] = None,
+    raw: Annotated[bool, Parameter(help="Send a prompt as it is, without the chat template.")] = False,
+    json: Json = False,
+    engine: Given = NONE,
+    sampling: Given = NONE,
+    call: Call = PLAIN,
+) -> int:
+    """Answer one prompt, or all of a JSONL file."""
+    set_logging(call.debug)
+    if (prompt is None) is (jsonl is None):
+        raise RequestError("nothing to answer, or twice; give a prompt, or --jsonl FILE")
+    if out is not None and jsonl is None:
+        raise RequestError("--out is where answers to --jsonl go; give both")
+    found = asked(call, engine, sampling, {"max_num_seqs": 1} if jsonl is None else None)
+    if jsonl is not None:
+        from dlx.cli.batch import answered
+
+        return answered(found, jsonl, out, raw)
+
+    from dlx.live import tell
+
+    text = loading.prompted(prompt or "")
+    with loading.load(found) as llm:
+        tell(llm, text if raw else [{"role": "user", "content": text}], found.sampling, as_json=json)
+    return 0
+
+
+@taking(engine=flags(ENGINE), sampling=flags(SAMPLING))
+def chat(*, json: Json = False, engine: Given = NONE, sampling: Given = NONE, call: Call = PLAIN) -> None:
+    """Talk, turn by turn: /reset forgets, /exit leaves."""
+    from dlx.live import ask, tell
+
+    set_logging(call.debug)
+    found = asked(call, engine, sampling, {"max_num_seqs": 1})
+    messages: list[Message] = []
+    with loading.load(found) as llm:
+        notice("/reset forgets, /exit leaves")
+        while (line := ask()) not in (None, "/exit"):
+            if line == "/reset":
+                messages = []
+                notice("forgotten")
+            elif line:
+                try:
+                    turn = [*messages, {"role": "user", "content": loading.checked(line)}]
+                    turn = trimmed(llm, turn, found.sampling.max_tokens)
+                    output = tell(llm, turn, found.sampling, as_json=json)
+                    messages = [*turn, {"role": "assistant", "content": output.text}]
+                except DlxError as error:
+                    complain(error)
+
+
+def trimmed(llm: LLM, turn: list[Message], max_tokens: int) -> list[Message]:
+    """The turn without its oldest exchanges, as far as the model's length cannot hold them and an answer."""
+    kept, longest = turn, llm.engine.worker.max_len
+    while len(kept) > 1 and len(llm.tokenizer.chat(kept)) + max_tokens > longest:
+        kept = kept[2:]
+    if len(kept) < len(turn):
+        gone = (len(turn) - len(kept)) // 2
+        notice(f"oldest exchanges forgotten: {gone}; talk and --max-tokens must fit into {longest} tokens")
+    return kept
