@@ -108,7 +108,7 @@ class Worker:
         with self._there:
             self._take(memory.FEW)
             T, B = self.shapes.tokens[-1], self.config.max_num_seqs
-            if self.policy.turn is None:
+            if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
                 self._step(B, scope, C)[0]()
