@@ -99,8 +99,8 @@ class Worker:
     def _take(self, pages: int) -> None:
         """Have so many K/V pages, and no others."""
         self.kv = ()
+        scale_(self.net, pages, self.config.kv_dtype)  # first: it needs memory for a while
         self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
-        scale_(self.net, pages, self.config.kv_dtype)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
