@@ -169,8 +169,7 @@ def serve(
 ) -> int:
     """A running server under load: latency, requests a second, lost answers and such as differ from those alone."""
     set_logging(call.debug)
-    said = asked(call).server.api_key
-    key = api_key if api_key is not None or said is None else said.get_secret_value()
+    key = asked(call).key if api_key is None else api_key
     from dlx.bench import clients as load
 
     record = load.serve(url.rstrip("/"), clients, seconds, questions, max_tokens, key)
