@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, SUMS)))
     (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, CODE)).encode()))
+    (folder / "prompts.jsonl").write_text(blocks(ROOT / "docs" / "cli.md", "json")[0])
     (folder / "run.yaml").write_text(blocks(ROOT / "docs" / "keys.md", "yaml")[0])
     return folder
 
