@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +11,9 @@ from typing import Any, TypeGuard
 from rich.console import Console
 from rich.progress import Progress
 
+from dlx.answer import NOT_FINITE
 from dlx.config import Config
-from dlx.engine import NOT_FINITE, Engine
+from dlx.engine import Engine
 from dlx.errors import EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.models.card import Card
@@ -44,16 +44,13 @@ class LLM:
     ) -> None:
         self.config = Config.from_args(model, policy, graphs, device, dtype, **config).local()
         self._engine: Engine | None = Engine(self.config)
-        self._pid = os.getpid()
         self._streams: dict[int, deque[Chunk]] = {}  # open streams: what they have not yet handed on
 
     @property
     def engine(self) -> Engine:
-        """The engine; EngineError once closed, and in a forked process."""
+        """The engine; EngineError once closed."""
         if self._engine is None:
             raise EngineError("this LLM is closed; build a new one")
-        if os.getpid() != self._pid:
-            raise EngineError("the process was forked, and an LLM belongs to the process that built it; build another")
         return self._engine
 
     @property

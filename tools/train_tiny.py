@@ -2,6 +2,14 @@
 
 python tools/train_tiny.py --out out                                       one H100, about 8 minutes
 python tools/train_tiny.py --out out --preset nano --mix add2=1 --row-tokens 128 --minutes 0.4      a CPU
+
+For editing, from the bundled weights on, then its frontier (under 9 minutes on one H100):
+
+python tools/train_tiny.py --out out --init dlx/assets/tiny --minutes 4.5 --lr 1e-3 --own-from 0 --own-share 1 \\
+  --own-clean 0.9 --eval-n 25 --eval-every-minutes 99 && \\
+python tools/frontier.py --model out --device cuda --graphs off --dtype float32 --max-num-seqs 256 \\
+  --max-model-len 512 --thresholds 0.5 0.6 0.7 0.9 --json out/frontier.json single_bd multi_bd edit dmax \\
+  "edit:N=4,settle.sure=0.9,edit=0.5" "dmax:N=4"
 """
 
 from __future__ import annotations
@@ -67,6 +75,10 @@ def _recipe(args: argparse.Namespace, on_gpu: bool) -> Recipe:
         rows=args.rows or (128 if on_gpu else 16),
         row_tokens=args.row_tokens,
         seed=args.seed,
+        lr=args.lr,
+        own_from=args.own_from,
+        own_share=args.own_share,
+        own_clean=args.own_clean,
     )
     if args.blocks is None:
         return recipe
@@ -92,6 +104,10 @@ def _arguments() -> argparse.Namespace:
     add("--blocks", type=_shares, help="block lengths and shares, own first (default 16=.6,32=.4)")
     add("--rows", type=int, help="rows a batch (default 128 on a GPU, 16 on a CPU)")
     add("--row-tokens", type=int, default=512, help="tokens a row (default 512)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
+    add("--own-from", type=float, default=0.6, help="share of the time before on-policy passes come (default 0.6)")
+    add("--own-share", type=float, default=0.5, help="share of the steps then that have one (default 0.5)")
+    add("--own-clean", type=float, default=0.0, help="most of its guesses that are told the clean token (default 0)")
     add("--seed", type=int, default=0)
     add("--device", help="cuda or cpu (default: cuda where it is)")
     add("--workers", type=int, help="processes that make rows (default 8 on a GPU, 1 on a CPU)")

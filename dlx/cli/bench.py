@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as encoding
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,7 +58,7 @@ class Report:
     json: Annotated[bool, Parameter(help="Print the record as one JSON object.")] = False
     out: Annotated[Path | None, Parameter(help="Write the record to this file, too.")] = None
 
-    def tell(self, record: Mapping[str, Any], in_words: Callable[[Mapping[str, Any]], str]) -> None:
+    def tell(self, record: dict[str, Any], in_words: Callable[[dict[str, Any]], str]) -> None:
         from dlx.bench.arguments import write
 
         print(encoding.dumps(record, default=str) if self.json else in_words(record))
@@ -77,7 +77,7 @@ def how(engine: Given, call: Call) -> How:
     return How(**{name: getattr(found, name) for name in HOW})
 
 
-def sentence(record: Mapping[str, Any]) -> str:
+def sentence(record: dict[str, Any]) -> str:
     from dlx.bench.report import sentence
 
     return sentence(record)

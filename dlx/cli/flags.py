@@ -112,8 +112,9 @@ def asked(
         "sampling": merged(SAMPLING, sampling.values(), file["sampling"]),
         "serve": merged(SERVE, server.values(), file["serve"]),
     }
-    built = (build(section, values[section.name]) for section in SECTIONS)
-    return Asked(*built, values)
+    return Asked(
+        build(ENGINE, values["engine"]), build(SAMPLING, values["sampling"]), build(SERVE, values["serve"]), values
+    )
 
 
 def chosen(engine: Given, model: Path | None, **more: Any) -> Given:
@@ -128,9 +129,8 @@ def taking(**sections: type[Given]) -> Callable[[F], F]:
     """Give the parameters of a command, which are declared as `Given`, the flags that cyclopts is to read."""
 
     def change(command: F) -> F:
-        for name, made in sections.items():
-            command.__annotations__[name] = Annotated[made, Parameter(name="*")]
-            command.__kwdefaults__[name] = made()
+        command.__annotations__ |= {name: Annotated[made, Parameter(name="*")] for name, made in sections.items()}
+        command.__kwdefaults__ = (command.__kwdefaults__ or {}) | {name: made() for name, made in sections.items()}
         return command
 
     return change

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -161,7 +162,8 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         if not PAGE.is_file():
             raise HTTPException(404)
         headers = {
-            "content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'",
+            "content-security-policy": PAGE_POLICY,
+            "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
         }
         return HTMLResponse(PAGE.read_bytes(), headers=headers)

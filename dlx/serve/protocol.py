@@ -218,7 +218,7 @@ def warning(unknown: list[str]) -> dict[str, str]:
 
 def _shown(names: list[str]) -> str:
     """Names of fields, fit for a header, whatever they are."""
-    plain = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in names[:WARNED]]
+    plain = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) or "?" for name in names[:WARNED]]
     return ", ".join(plain) + (f" and {len(names) - WARNED} more" if len(names) > WARNED else "")
 
 

@@ -192,6 +192,19 @@ def test_an_answer_that_breaks_off_keeps_what_was_committed(opened: Open) -> Non
     assert page.text_content(".done") == "Half of it"
 
 
+def test_a_fault_within_a_stream_is_told(opened: Open) -> None:
+    told = {"type": "committed", "choices": [{"index": 0, "delta": {"content": "Half of it"}, "finish_reason": None}]}
+    fault = {"error": {"message": "the step failed", "code": "engine_error"}}
+    body = f"data: {json.dumps(told)}\n\nevent: error\ndata: {json.dumps(fault)}\n\n"
+    page = opened()
+    page.route("**/v1/chat/completions", lambda r: r.fulfill(status=200, content_type="text/event-stream", body=body))
+    ask(page, "hi")
+    page.locator("#error").wait_for()
+    assert "the step failed" in page.inner_text("#error")
+    assert answered(page) == "Half of it"
+    assert page.text_content("#status") == "The answer broke off."
+
+
 def test_a_server_with_a_key_is_given_it(opened: Open) -> None:
     keys: list[str | None] = []
 

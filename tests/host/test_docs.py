@@ -2,7 +2,7 @@
 
 Python blocks run, each as a file. Commands of dlx are parsed, all of them; those that a CPU can run run too, with the
 nano model and a prompt or two where the page has more. Servers, benches and tunings are parsed alone, as is what needs
-a GPU. What the page on serving asks of a server is asked in tests/serve/test_serving_page.py.
+a GPU. What pages ask of a server is asked in tests/serve: test_serving_page.py, test_denoise.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from tests.pages import ROOT, blocks, commands, known, of_dlx, parsed, scripts
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ALL = [*PAGES, ROOT / "README.md", ROOT / "profiles" / "README.md"]
-BLOCKS = [(page, i) for page in PAGES for i in range(len(blocks(page, "python"))) if page.name != "serving.md"]
+SERVED = ("serving.md", "page.md")
+BLOCKS = [(page, i) for page in PAGES for i in range(len(blocks(page, "python"))) if page.name not in SERVED]
 COMMANDS = [(page, line) for page in PAGES for line in commands(page)]
 # what is parsed and not run: they do not end, or need a GPU or minutes
 PARSED = re.compile(r"^(dlx (serve|bench|tune|pack|chat)\b|nsys |ncu )|--graphs capture|--tool cuda")

@@ -142,7 +142,7 @@ def test_the_answer_so_far_is_in_the_last_chunk(llm: LLM, alone: list[list[int]]
 def test_a_text_that_cannot_be_told_fails_its_request_alone(llm: LLM, alone: list[list[int]], fault: Fault) -> None:
     engine = llm.engine
     first, second = engine.add_all([(prompt, LONG) for prompt in PROMPTS[:2]])
-    fault((engine._open[first].answer, "add"), OverflowError("out of range"))
+    fault((engine._answers._open[first][1], "add"), OverflowError("out of range"))
     last = finished(engine)
     assert (last[first].finish, last[first].error) == (Finish.ERROR, "OverflowError: out of range")
     output = last[second].output

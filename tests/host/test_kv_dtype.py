@@ -13,7 +13,6 @@ from dlx.bench.scene import How, Scene, floor_bytes, stand
 from dlx.config import Config
 from dlx.errors import ConfigError
 from dlx.request import Output
-from tests import families, gemma
 
 PROMPTS = [[40 + i % 50 for i in range(at, at + n)] for at, n in ((0, 3), (7, 16), (20, 45), (3, 90))]
 PARAMS = [SamplingParams(max_tokens=40, temperature=t, seed=5, ignore_eos=True) for t in (0.0, 0.8, 0.0, 0.8)]
@@ -70,22 +69,6 @@ def test_the_compiled_step_says_the_same_with_fp8_pages(nano: Path) -> None:
         for graphs in ("off", "compile")
     )
     assert eager == compiled
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma", "dream"])
-def test_compiled_canvases_and_sequences_say_the_same_with_fp8_pages(name: str, tmp_path: Path) -> None:
-    if name == "gemma":
-        folder, policy = gemma.write(tmp_path, gemma.tensors(gemma.model())), None
-    else:
-        folder, policy = families.write(tmp_path, name, families.network(name, spread=6.0)), "fast_dllm_v1"
-    prompts = [[5, 9, 11], [7] * 12]
-    eager, compiled = (
-        answers(folder, prompts, policy=policy, graphs=graphs, kv_cache_dtype="fp8_e5m2", max_num_seqs=2)
-        for graphs in ("off", "compile")
-    )
-    assert eager == compiled
-    assert all(ids for ids, _ in eager)
 
 
 def test_a_bench_counts_and_fills_fp8_pages(nano: Path) -> None:

@@ -234,6 +234,28 @@ def test_own_guesses_replace_only_masked_tokens_and_soft_ones_mix_the_masks_embe
     torch.testing.assert_close(embedded[:, 64:], table[rows.ids])
 
 
+def test_clean_tokens_stand_in_for_some_guesses_and_are_mixed_by_their_own_probability() -> None:
+    net, rows = network(), written_rows()
+    noise = noise_of(rows, 4)
+    goal, noisy = target(rows, noise, 0.5), masked_rows(rows, noise)
+    logits = torch.randn(len(goal.ids), 320, generator=torch.Generator().manual_seed(0))
+    logits[torch.arange(len(goal.ids)), goal.ids] -= 9.0  # no guess is right
+    shares = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        filled, embedded = own_guesses(net, rows, noisy, goal, logits, generator, drawn=False, soft=True, clean=0.8)
+        shown = filled[goal.b, goal.at]
+        right = shown == goal.ids
+        assert torch.equal(shown[~right & (shown != MASK)], logits.argmax(-1)[~right & (shown != MASK)])
+        shares.append(right[shown != MASK].float().mean().item())
+        p = logits.softmax(-1).gather(1, goal.ids[:, None])[right]
+        table = net.embed_tokens.weight
+        assert embedded is not None
+        torch.testing.assert_close(embedded[goal.b, goal.at][right], table[goal.ids[right]] * p + table[MASK] * (1 - p))
+    assert sum(shares) / 40 == pytest.approx(0.4, abs=0.1)
+    assert max(shares) - min(shares) > 0.2
+
+
 def test_an_orthogonalised_stack_keeps_its_directions_and_evens_their_sizes() -> None:
     stack = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(0))
     out = orthogonal(stack)

@@ -160,6 +160,22 @@ def test_watched_and_unwatched_requests_share_a_batch_and_get_their_own(nano: Pa
         assert all(a.confidence == pytest.approx(b.confidence, abs=CONF_ATOL) for a, b in pairs)
 
 
+def test_a_request_that_gave_its_pages_up_goes_on_showing_what_it_would_have_shown(nano: Path) -> None:
+    params = replace(PARAMS[0], max_tokens=90)
+    with opened(nano, "single_bd", watch=True) as llm:
+        alone = [list(llm.stream(prompt, params, watch=True)) for prompt in PROMPTS]
+    with opened(nano, "single_bd", watch=True, max_num_seqs=4, num_pages=16) as llm:
+        engine = llm.engine
+        ids = engine.add_all([(prompt, params) for prompt in PROMPTS], watch=True)
+        got: dict[int, list[Chunk]] = {id: [] for id in ids}
+        while not engine.idle:
+            for chunk in engine.step():
+                got[chunk.id].append(chunk)
+        assert engine.scheduler.preemptions > 0
+    for id, expected in zip(ids, alone, strict=True):
+        assert [chunk[1:5] for chunk in got[id]] == [chunk[1:5] for chunk in expected]
+
+
 def test_a_launch_ahead_shows_the_state_of_its_own_forward(nano: Path) -> None:
     """As on a GPU, where the next launch is sent before a window is read: the copy was made in between."""
     with opened(nano, "single_bd", watch=True) as llm:

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 L = 16
 PROMPTS = 50
 MIX = {"story": 2.0, "rgsm": 1.0, "arith": 1.0, "sort": 1.0, "reverse": 1.0, "json": 1.0, "units": 1.0, "code": 1.0}
-MOST = 36  # tokens of an answer, over three blocks or four; some are cut
-SLOW = 16  # of policies that decode a token a forward
+MOST = 20  # tokens of an answer, over two blocks or three
+SLOW = 8  # of policies that decode a token a forward
 WINDOW = {
     "d2f": Strategy(L, N=4, open_at=0.1),
     "multi_bd": Strategy(L, N=4, open_at=0.1),
@@ -185,7 +185,7 @@ def test_a_policy_decodes_fifty_held_out_prompts_like_its_loop(name: str, tiny: 
     count = hold(name, tiny, full, PROMPTS)
     log.warning("%s: %d forwards, %d tokens, %d of %d prompts excused", name, *count, PROMPTS)
     assert count.excused <= PROMPTS / 20
-    assert count.forwards > 3 * PROMPTS
+    assert count.forwards > 2 * PROMPTS
 
 
 @pytest.mark.parametrize("name", ["dmax", "fast_dllm_v2", "multi_bd", "d2f", "fast_dllm_v1", "entropy"])

@@ -76,16 +76,23 @@ def own_guesses(
     *,
     drawn: bool,
     soft: bool,
+    clean: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """The noisy rows filled in by the network itself, with embeddings if these are to be soft.
 
     drawn  guesses are drawn from the distribution; else the most probable token
     soft   a guess is seen as its embedding and the mask's, mixed by its probability: for soft decoding
+    clean  most of a row's guesses that the clean token stands in for, the share drawn evenly from 0: what is wrong is
+           then wrong beside what is right, and can be told by it
     →      [B, R] int64, and [B, 2R, E] or None
     """
     p = logits.detach().softmax(-1)
     guess = torch.multinomial(p, 1, generator=generator)[:, 0] if drawn else p.argmax(-1)
     kept = torch.rand(guess.shape, device=guess.device, generator=generator) < STAY_MASKED
+    if clean:
+        share = clean * torch.rand(len(rows.ids), device=guess.device, generator=generator)
+        told = torch.rand(guess.shape, device=guess.device, generator=generator) < share[goal.b]
+        guess = torch.where(told, goal.ids, guess)
     filled = noisy.clone()
     filled[goal.b, goal.at] = torch.where(kept, MASK, guess)
     if not soft:

@@ -23,6 +23,7 @@ class Recipe:
     blocks       each block length's share of the batches; the first is the model's own
     group_blocks, group_share  most blocks that are noisy together; share of documents with such groups
     own_from, own_share        share of the time after which on-policy passes come, and of the steps with one
+    own_clean    most of a row's guesses that such a pass replaces with the clean token; see objective.own_guesses
     """
 
     preset: str = "m"
@@ -38,6 +39,7 @@ class Recipe:
     group_share: float = 0.4
     own_from: float = 0.6
     own_share: float = 0.5
+    own_clean: float = 0.0
     seed: int = 0
 
     def check(self) -> None:
@@ -49,6 +51,9 @@ class Recipe:
         for name in ("minutes", "rows", "row_tokens", "lr", "group_blocks"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use a number above 0")
+        for name in ("own_from", "own_share", "own_clean"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use a number from 0 to 1")
         uneven = [L for L in self.blocks if self.row_tokens % L]
         if uneven:
             raise ConfigError(

@@ -118,7 +118,7 @@ def step(recipe: Recipe, model: Model, layers: Layers, rows: Rows, share: float,
         drawn, soft = draws.host.random() < 0.5, draws.host.random() < 0.5
         with _autocast(on_gpu):
             filled, embedded = own_guesses(
-                network, rows, noisy, goal, loss.logits, draws.device, drawn=drawn, soft=soft
+                network, rows, noisy, goal, loss.logits, draws.device, drawn=drawn, soft=soft, clean=recipe.own_clean
             )
             own = recover(network, layers, rows, filled, mask, goal, embedded)
         own.total.backward()
