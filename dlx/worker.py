@@ -184,6 +184,11 @@ class Worker:
         """Launches not yet harvested."""
         return len(self._flights)
 
+    @property
+    def oldest(self) -> Plan:
+        """What `harvest` reads next."""
+        return self._flights[0].plan
+
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
         oldest = self._flights[0]  # until it is read: an interrupt loses nothing
