@@ -52,7 +52,7 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) --quiet --editable '.[dev]'
+	$(PIP) --quiet --editable '.[dev,eval,serve]'
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.dev

@@ -1,10 +1,13 @@
-"""Run files as the field writes them: YAML with sections `engine:` and `eval:`. `keys.py` says what each key is."""
+"""Run files as the field writes them: YAML with sections `engine:` and `eval:`. `keys.py` says what each key is.
+
+Settings and sampling parameters of dlx may stand there by their own names, too.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from dlx.errors import ConfigError
 from dlx.graphs.policies import Policy
 from dlx.harness.keys import ENGINE, EVAL, FAMILIES, Key
 from dlx.harness.strategy import Values, refused, strategy
+from dlx.request import SamplingParams
+from dlx.settings import Settings
 
 FIELD_MASK = 151666  # the field's default of mask_token_id, for which it looks itself
 NUMBERS = {  # key of decoding_thresholds → field of SamplingParams; NAME_threshold is the flat spelling of each
@@ -34,6 +39,9 @@ WHOLE = (
     *("diffusion_gemma_max_denoising_steps", "diffusion_gemma_stability_threshold"),
 )
 REAL = ("token_merge_weight", *(f"diffusion_gemma_{x}" for x in ("t_min", "t_max", "confidence_threshold")))
+# dlx's own names, of what the field has no key for or another one
+SETTINGS = tuple(name for name in Settings.model_fields if name not in (*ENGINE, "seed"))
+PARAMS = tuple(field.name for field in fields(SamplingParams) if field.name not in EVAL)
 KINDS = {bool: ("true or false", SWITCHES), int: ("a whole number", WHOLE), float: ("a number", REAL)}
 
 
@@ -47,8 +55,8 @@ def read(path: Path) -> Values:
     unknown = [name for name in said if name not in ("engine", "eval")]
     if unknown:
         raise ConfigError(f"{path} has a section {unknown[0]!r}; a run file has engine and eval")
-    engine, evals = (section(path, said, name, keys) for name, keys in (("engine", ENGINE), ("eval", EVAL)))
-    return translated(engine, evals)
+    engine = section(path, said, "engine", (*ENGINE, *SETTINGS))
+    return translated(engine, section(path, said, "eval", (*EVAL, *PARAMS)))
 
 
 def translated(engine: Values, evals: Values) -> Values:
@@ -56,7 +64,8 @@ def translated(engine: Values, evals: Values) -> Values:
     for keys, values in ((ENGINE, engine), (EVAL, evals)):
         for name, value in values.items():
             typed(name, value)
-            nothing(name, value, keys[name])
+            if name in keys:
+                nothing(name, value, keys[name])
     path = engine.get("model_path", engine.get("model"))
     tokenizer = engine.get("tokenizer_path")
     if tokenizer is not None and tokenizer != path:
@@ -82,8 +91,11 @@ def translated(engine: Values, evals: Values) -> Values:
         "device": device(engine),
     }
     out: Values = {
-        "llm": {name: value for name, value in llm.items() if value is not None},
-        "params": numbers(engine, policy) | params(evals, engine.get("eos", -1)),
+        "llm": joined(llm, {name: engine[name] for name in SETTINGS if name in engine}),
+        "params": joined(
+            numbers(engine, policy) | params(evals, engine.get("eos", -1)),
+            {name: evals[name] for name in PARAMS if name in evals},
+        ),
         "family": family(engine),
         "mask_id": None if engine.get("mask_token_id", FIELD_MASK) == FIELD_MASK else engine["mask_token_id"],
         "tasks": tasks(evals),
@@ -93,6 +105,15 @@ def translated(engine: Values, evals: Values) -> Values:
     out |= {name: evals.get(name) for name in ("data", "chat", "save_results", "include_path")}
     out["confirm_run_unsafe_code"] = evals.get("confirm_run_unsafe_code")
     return {name: value for name, value in out.items() if value is not None}
+
+
+def joined(theirs: Values, own: Values) -> Values:
+    """What the field's keys say, and what dlx's own names say. Raises ConfigError  for what both say."""
+    said = {name: value for name, value in theirs.items() if value is not None}
+    for name in own:
+        if name in said:
+            raise refused(name, own[name], f"a key of the field says {said[name]!r}; keep one of both")
+    return said | own
 
 
 def numbers(engine: Values, policy: Policy | None) -> Values:
@@ -178,7 +199,7 @@ def nothing(name: str, value: Any, key: Key) -> None:
         raise refused(name, value, f"{key.why}; only {allowed} is accepted")
 
 
-def section(path: Path, said: Values, name: str, keys: Mapping[str, Key]) -> Values:
+def section(path: Path, said: Values, name: str, keys: Sequence[str]) -> Values:
     """One section, every key of which is known."""
     found = said.get(name) or {}
     if not isinstance(found, dict):

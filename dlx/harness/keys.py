@@ -27,7 +27,7 @@ class Key(NamedTuple):
 
 
 def _keys(group: str, **keys: tuple[str, str] | tuple[str, str, tuple[Any, ...]]) -> dict[str, Key]:
-    return {name: Key(group, *said) for name, said in keys.items()}
+    return {name: Key(group, said[0], said[1], said[2] if len(said) == 3 else ANY) for name, said in keys.items()}
 
 
 ENGINE: dict[str, Key] = {

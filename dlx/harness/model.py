@@ -59,7 +59,7 @@ class Harness(LM):
 
         Raises RequestError  for an argument that dlx does not know, or a request that can never run
         """
-        asked = [request.args for request in requests]
+        asked = [(request.arguments[0], request.arguments[1]) for request in requests]
         prompts = [self._ids(context) for context, _ in asked]
         params = [self._params(arguments, at) for at, (_, arguments) in enumerate(asked)]
         began = time.perf_counter()

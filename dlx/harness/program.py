@@ -25,8 +25,9 @@ CHILD = """
 import os, resource, sys
 word, seconds, memory, size = sys.stdin.readline().split()
 code = sys.stdin.read()
-for limit, most in (("CPU", int(seconds)), ("AS", int(memory)), ("FSIZE", int(size)), ("CORE", 0), ("NOFILE", 64)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (most, most))
+limits = {"CPU": int(seconds), "AS": int(memory), "FSIZE": int(size), "CORE": 0, "NOFILE": 64, "NPROC": 0}
+for name, most in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 tell = os.dup(1)
 null = os.open(os.devnull, os.O_RDWR)
 for stream in (0, 1, 2):
@@ -42,7 +43,8 @@ finally:
 def passes(program: str, seconds: float = SECONDS, megabytes: int = MEGABYTES) -> bool:
     """Whether a Python program, and all that it starts, ends without an exception in so much time and memory.
 
-    It runs isolated (no site packages), with an empty environment, in an empty folder that is removed afterwards.
+    It runs isolated, without site packages, with an empty environment, in an empty folder that is removed afterwards;
+    but for root, no process or thread may be started.
     Raises ConfigError  where the system has no POSIX limits
     """
     if os.name != "posix":

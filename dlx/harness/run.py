@@ -7,6 +7,7 @@ import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,7 @@ def evaluation(options: Options, command: str = "", progress: bool = False) -> J
     Raises ConfigError  before a model is loaded, for what cannot be evaluated; else whatever LLM raises
     """
     check(options)
-    params = SamplingParams(**options.params)
-    params.check()
+    params = sampling(options.params)
     out = None if options.out is None else folder(options.out)
     with quiet(), LLM(**options.llm) as llm:
         suits(options, llm)
@@ -93,6 +93,17 @@ def check(options: Options) -> None:
         raise ConfigError("save_results=True needs a folder; name it with out (output_dir)")
     if options.include_path is not None and not options.include_path.expanduser().is_dir():
         raise ConfigError(f"include_path={str(options.include_path)!r} is not a folder; name one of task files")
+
+
+def sampling(given: Mapping[str, Any]) -> SamplingParams:
+    """Checked sampling parameters. Raises ConfigError  for an unknown name; RequestError for a value."""
+    known = [field.name for field in fields(SamplingParams)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"params has {name!r}, which SamplingParams has not; use {', '.join(known)}")
+    params = SamplingParams(**given)
+    params.check()
+    return params
 
 
 def suits(options: Options, llm: LLM) -> None:
@@ -196,16 +207,20 @@ def spent(answers: Sequence[Answer]) -> Json:
 
 def samples(answers: Sequence[Answer], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Json]:
     """A record an answer: what was asked, what came, how it was judged and what it cost."""
-    judged = {(name, one["doc_id"]): one for name, many in found.items() for one in many}
+    judged: dict[tuple[str, int], list[Mapping[str, Any]]] = {}  # a record a filter of the task
+    for name, many in found.items():
+        for one in many:
+            judged.setdefault((name, one["doc_id"]), []).append(one)
     for one in answers:
-        sample, output = judged[one.task, one.doc], one.output
+        each, output = judged[one.task, one.doc], one.output
+        sample = each[0]
         yield {
             "task": one.task,
             "doc": one.doc,
             "prompt": sample["arguments"][0][0],
             "target": str(sample["target"]),
             "text": one.text,
-            **{name: sample[name] for name in sample["metrics"]},
+            **{f"{name},{s['filter']}".removesuffix(",none"): s[name] for s in each for name in s["metrics"]},
             "finish_reason": output.finish_reason,
             "tokens": output.tokens,
             "nfe": output.nfe,

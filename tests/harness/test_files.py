@@ -166,6 +166,13 @@ def test_guards_are_of_the_policy() -> None:
     assert found == Policy(N=4, auto_max_nfe=8, max_repetition_run=16)
 
 
+def test_settings_and_parameters_have_their_own_names_too(tmp_path: Path) -> None:
+    text = "engine:\n  policy: multi_bd\n  dtype: float32\n  page_size: 32\neval:\n  threshold: 0.8\n  seed: 3"
+    found = read(file(tmp_path, text))
+    assert found["llm"] == {"policy": "multi_bd", "dtype": "float32", "page_size": 32}
+    assert found["params"] == {"threshold": 0.8, "seed": 3}
+
+
 @pytest.mark.parametrize(
     ("engine", "evals", "said"),
     [
@@ -189,6 +196,8 @@ def test_guards_are_of_the_policy() -> None:
         ({"block_size": "4"}, {}, "block_size='4' cannot be had: use a whole number"),
         ({"decoding_thresholds": {"accepted": 1}}, {}, "use a mapping of add_block"),
         ({}, {"dataset_name": ["a"]}, "dataset_name="),
+        ({"max_num_reqs": 4, "max_num_seqs": 8}, {}, "max_num_seqs=8 cannot be had: a key of the field says 4"),
+        ({"accept_threshold": 0.9}, {"threshold": 0.8}, "threshold=0.8 cannot be had: a key of the field says 0.9"),
         ({}, {"max_repetition_run": 8}, "name a decoding_strategy beside it"),
     ],
 )

@@ -26,6 +26,9 @@ doc_to_target: "{{answer}}"
 output_type: generate_until
 generation_kwargs: {until: ["!"], max_gen_toks: 8, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+  - {name: first, filter: [{function: take_first}]}
+  - {name: digit, filter: [{function: regex, regex_pattern: "(\\\\d)"}, {function: take_first}]}
 """
 DOCS = """
 from datasets import Dataset
@@ -87,9 +90,11 @@ def test_the_recorded_evaluation_is_the_trainers_within_sampling_error() -> None
 def test_task_files_of_a_folder_run(nano: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(TASK_FILE)
     (tmp_path / "docs.py").write_text(DOCS)
-    given = options(tasks=("mine",), chat=True, include_path=tmp_path, llm={"model": nano, **CPU})
-    found = evaluation(given)
-    assert found["tasks"]["mine"]["exact_match,none"] == 1.0
+    out = {"out": tmp_path / "out", "save_results": True}
+    found = evaluation(options(tasks=("mine",), chat=True, include_path=tmp_path, llm={"model": nano, **CPU}, **out))
+    assert (found["tasks"]["mine"]["exact_match,first"], found["tasks"]["mine"]["exact_match,digit"]) == (1.0, 0.0)
+    records = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [(one["exact_match,first"], one["exact_match,digit"]) for one in records] == [(1.0, 0.0)] * 3
     assert "accuracy" not in found["total"]
     assert "see results" in table(found)
 
@@ -110,6 +115,17 @@ def test_an_unknown_task_is_refused(nano: Path) -> None:
 def test_another_checkpoint_than_the_run_file_says_is_refused(nano: Path, given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         evaluation(options(tasks=("tiny_add2",), limit=1, llm={"model": nano, **CPU}, **given))
+
+
+def test_without_lm_eval_the_command_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlx.harness.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run pip install 'dlx\[eval\]'"):
+        evaluation(options())
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(ConfigError, match="params has 'beams', which SamplingParams has not; use max_tokens,"):
+        evaluation(options(params={"beams": 4}))
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(nano: Path, tmp_path: Path) -> None:
