@@ -20,6 +20,7 @@ from dlx import weights
 from dlx.answer import Answers
 from dlx.config import Config
 from dlx.errors import EngineError
+from dlx.graphs.capture import short
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.plan import Plan, Reply
@@ -224,9 +225,9 @@ class Engine:
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
         self.cause = error
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        elif not isinstance(error, MemoryError):
+        if short(error):
+            torch.cuda.empty_cache()  # the next batch may be smaller
+        else:
             self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")

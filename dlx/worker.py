@@ -198,7 +198,7 @@ class Worker:
             ends, F = self.policy.turn is not None, buffer.FACTS
             windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
             rows = enumerate(oldest.outbox.tolist())
-            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            replies = [Reply(row[:-F], *row[-F:], window=windows.get(slot)) for slot, row in rows]
             self._flights.popleft()
             return oldest.plan, replies
 
