@@ -184,6 +184,11 @@ class Worker:
         """Launches not yet harvested."""
         return len(self._flights)
 
+    @property
+    def oldest(self) -> Plan:
+        """What `harvest` reads next."""
+        return self._flights[0].plan
+
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
         oldest = self._flights[0]  # until it is read: an interrupt loses nothing
@@ -193,7 +198,7 @@ class Worker:
             ends, F = self.policy.turn is not None, buffer.FACTS
             windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
             rows = enumerate(oldest.outbox.tolist())
-            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            replies = [Reply(row[:-F], *row[-F:], window=windows.get(slot)) for slot, row in rows]
             self._flights.popleft()
             return oldest.plan, replies
 
