@@ -99,7 +99,7 @@ async def storm(
                 one = await peer.ask({"messages": [message], "stream": True, "max_tokens": max_tokens})
                 if one.status == 429:
                     counts["put_off"] += 1
-                    await asyncio.sleep(one.retry_s)
+                    await asyncio.sleep(min(one.retry_s, max(ends_s - time.monotonic(), 0.0)))
                     continue
                 turn += clients
                 heard.append(one)

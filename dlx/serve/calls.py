@@ -39,6 +39,7 @@ class Choices:
             self._drop()
             raise
         self._open = len(self._tickets)  # those that have not ended
+        self._reason = "disconnect"  # why they are dropped, if they are
 
     @property
     def prompts(self) -> list[int]:
@@ -83,7 +84,9 @@ class Choices:
                 yield last
             yield DONE
         except Exception as error:
-            fault = self._failed(error)
+            fault = self._fault(error)
+            self._open -= 1
+            self._metrics.ended("failed", fault.code)
             yield failure(fault)
         finally:
             self._leave()
@@ -123,7 +126,8 @@ class Choices:
                 raise fault
             assert last is not None and last.output is not None
         except Exception as error:
-            raise self._failed(error) from None
+            self._open -= 1  # whoever answers with the fault counts it
+            raise self._fault(error) from None
         seen = Seen(last, last.output, blocks)
         self._ended(seen)
         return seen
@@ -133,19 +137,18 @@ class Choices:
         finished = REASONS[seen.output.finish_reason] != "abort"
         self._metrics.ended("finished" if finished else "aborted", detail(seen.output), seen.output, seen.blocks)
 
-    def _failed(self, error: Exception) -> Fault:
+    def _fault(self, error: Exception) -> Fault:
         """The fault to tell of; one that nobody expected is logged."""
         fault = fault_of(error)
         if fault.code == "internal_error":
             log.error("a request failed", exc_info=error)
-        self._open -= 1
-        self._metrics.ended("failed", fault.code)
+        self._reason = "other_choice"
         return fault
 
     def _leave(self) -> None:
         """Drop what has not ended, as its client has gone or another choice failed."""
         for _ in range(self._open):
-            self._metrics.ended("aborted", "disconnect")
+            self._metrics.ended("aborted", self._reason)
         self._open = 0
         self._drop()
 
