@@ -99,8 +99,8 @@ class Worker:
     def _take(self, pages: int) -> None:
         """Have so many K/V pages, and no others."""
         self.kv = ()
+        scale_(self.net, pages, self.config.kv_dtype)  # first: it needs memory for a while
         self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
-        scale_(self.net, pages, self.config.kv_dtype)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -108,7 +108,7 @@ class Worker:
         with self._there:
             self._take(memory.FEW)
             T, B = self.shapes.tokens[-1], self.config.max_num_seqs
-            if self.policy.turn is None:
+            if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
                 self._step(B, scope, C)[0]()

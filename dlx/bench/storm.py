@@ -38,10 +38,11 @@ class Heard(NamedTuple):
 class Peer:
     """One connection to a server, kept for request after request."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None and parts.port is not None
         self._host, self._port = parts.hostname, parts.port
+        self._key = "" if api_key is None else f"authorization: Bearer {api_key}\r\n"
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: Json) -> Heard:
@@ -51,7 +52,7 @@ class Peer:
             self._streams = await asyncio.open_connection(self._host, self._port)
         reader, writer = self._streams
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
-        writer.write(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+        writer.write(f"{head}{self._key}content-length: {len(raw)}\r\n\r\n".encode() + raw)
         status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
         if status != 200:
             await reader.readexactly(int(headers.get("content-length", "0")))
@@ -78,8 +79,9 @@ class Peer:
 
 
 async def storm(
-    url: str, questions: Sequence[Question], clients: int, seconds: float, look: Callable[[], Json], max_tokens: int
-) -> Json:
+    url: str, questions: Sequence[Question], clients: int, seconds: float, look: Callable[[], Json], max_tokens: int,
+    api_key: str | None = None,
+) -> Json:  # fmt: skip
     """Let clients ask for so many seconds, each one question after another; what came of it.
 
     look  figures of the server now, with `waiting`; heard twice a second
@@ -89,7 +91,7 @@ async def storm(
     heard: list[Heard] = []
 
     async def client(number: int) -> None:
-        peer, turn = Peer(url), number
+        peer, turn = Peer(url, api_key), number
         try:
             while time.monotonic() < ends_s:
                 question = questions[turn % len(questions)]

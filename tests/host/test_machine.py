@@ -111,10 +111,11 @@ class Machine(RuleBasedStateMachine):
     def harvest_that_fails(self) -> None:
         """The rows of the launch are lost."""
         plan, _ = self.device.harvest()
-        for slot, request in plan.running.items():
-            if self.s.running.get(slot) is request:
+        for request in plan.running.values():
+            request.flying -= 1
+            slot = self.s.abort(request.id, Finish.ERROR)
+            if slot is not None:
                 self.device.stop(slot)
-        assert all(request.finish is Finish.ERROR for request in self.s.fail(plan.running))
 
     @precondition(lambda self: self.asked)
     @rule()

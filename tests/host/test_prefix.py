@@ -71,7 +71,12 @@ def hits(llm: LLM, params: SamplingParams, page: int, step: int, shift: int = 0)
 
 @pytest.mark.parametrize(
     ("policy", "page", "temperature"),
-    [("single_bd", 16, 0.0), ("single_bd", 32, 1.0), ("multi_bd", 32, 0.0), ("dmax", 32, 0.0)],
+    [
+        ("single_bd", 16, 0.0),
+        ("single_bd", 32, 1.0),
+        pytest.param("multi_bd", 32, 0.0, marks=pytest.mark.slow),
+        pytest.param("dmax", 32, 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_found_prefix_changes_no_token_at_any_offset_of_page_and_block(
     nano: Path, policy: str, page: int, temperature: float
@@ -89,6 +94,7 @@ def test_a_found_prefix_changes_no_token_where_one_is_read_off_the_position_befo
         hits(llm, LONG, 8, FAMILIES[name].L, shift=1)
 
 
+@pytest.mark.slow
 def test_a_found_prefix_changes_no_token_of_a_canvas(tmp_path: Path) -> None:
     gemma.write(tmp_path, gemma.tensors(gemma.model(0, 3.0)))
     more = {"max_num_seqs": 24, "max_model_len": 64, "num_pages": 200, "page_size": 8, "batch_invariant": True}
