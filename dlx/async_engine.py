@@ -20,7 +20,7 @@ from typing import Any
 from dlx.config import Config
 from dlx.engine import Engine
 from dlx.engine_thread import Due, EngineThread
-from dlx.errors import BusyError, EngineError
+from dlx.errors import BusyError, EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.health import Health, Limits, Stats, Status
 from dlx.models.card import Card
@@ -126,6 +126,8 @@ class AsyncEngine:
         status, reason = self.health()
         if status != "ready" or self._thread is None:
             raise EngineError(f"the engine is {status} and takes no requests ({reason})")
+        if timeout_s is not None and not timeout_s > 0:
+            raise RequestError(f"timeout_s={timeout_s!r} is not allowed; pass seconds above 0, or None")
         request = self.engine.request(prompt, params, watch)
         self._admit(request)
         most = self.limits.timeout_s

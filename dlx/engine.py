@@ -20,6 +20,7 @@ from dlx import weights
 from dlx.answer import Answers
 from dlx.config import Config
 from dlx.errors import EngineError
+from dlx.graphs.capture import short
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.plan import Plan, Reply
@@ -129,6 +130,10 @@ class Engine:
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
             self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+        except BaseException as error:
+            if plan is None:  # half a plan: nothing says what the device knows of it
+                self._fail(error, self.scheduler.running.values())
+            raise
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
@@ -141,15 +146,21 @@ class Engine:
         return chunks
 
     def _launch(self, plan: Plan) -> None:
-        """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
+        """Launch. An interrupt that comes before the step leaves all as it was: who was to be admitted waits again."""
+        steps, unread = self.worker.epoch, self.worker.in_flight
         try:
             self.worker.launch(plan)
         except BaseException as error:
+            interrupt = not isinstance(error, Exception)
+            if interrupt and self.worker.in_flight > unread:
+                raise  # it is on its way
             self._stop([*plan.admit, *plan.resume, *plan.preempt])
-            if not isinstance(error, Exception):
+            if interrupt and self.worker.epoch > steps:
+                self._fail(error, plan.running.values())  # the step may have run, and what it committed is lost
+            elif interrupt:
                 self.scheduler.put_back(plan)
-            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
-            self._due += [self._end(self._answers[id], Finish.ERROR, _line(error))[0] for id in lost]
+            gone = [id for id in plan.preempt.values() if id in self._answers and not self.worker.rows.holds(id)]
+            self._due += [self._end(self._answers[id], Finish.ERROR, _line(error))[0] for id in gone]
             raise
 
     def _read(self, most: int) -> None:
@@ -161,20 +172,19 @@ class Engine:
             self._harvest()
 
     def _harvest(self) -> None:
+        plan, unread = self.worker.oldest, self.worker.in_flight
         try:
-            plan, replies = self.worker.harvest()
-        except Exception as error:
-            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
-            self._fail(error, [*lost, *self.scheduler.running.values()])
-            return
-        try:
+            _, replies = self.worker.harvest()
             with span("take"):
                 self._take(plan, replies)
             self._failures = 0
+        except Exception as error:
+            lost = [plan] if self.worker.in_flight < unread else self.worker.discard()
+            self._fail(error, [r for plan in lost for r in plan.running.values()])
         except BaseException as error:
-            self._fail(error, plan.running.values())
-            if not isinstance(error, Exception):
-                raise
+            if self.worker.in_flight < unread:  # it was read, and is not booked
+                self._fail(error, plan.running.values())
+            raise
 
     def _take(self, plan: Plan, replies: list[Reply]) -> None:
         """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
@@ -215,9 +225,9 @@ class Engine:
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
         self.cause = error
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        elif not isinstance(error, MemoryError):
+        if short(error):
+            torch.cuda.empty_cache()  # the next batch may be smaller
+        else:
             self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")

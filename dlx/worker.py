@@ -99,8 +99,8 @@ class Worker:
     def _take(self, pages: int) -> None:
         """Have so many K/V pages, and no others."""
         self.kv = ()
+        scale_(self.net, pages, self.config.kv_dtype)  # first: it needs memory for a while
         self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
-        scale_(self.net, pages, self.config.kv_dtype)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -108,7 +108,7 @@ class Worker:
         with self._there:
             self._take(memory.FEW)
             T, B = self.shapes.tokens[-1], self.config.max_num_seqs
-            if self.policy.turn is None:
+            if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
                 self._step(B, scope, C)[0]()
@@ -184,6 +184,11 @@ class Worker:
         """Launches not yet harvested."""
         return len(self._flights)
 
+    @property
+    def oldest(self) -> Plan:
+        """What `harvest` reads next."""
+        return self._flights[0].plan
+
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
         oldest = self._flights[0]  # until it is read: an interrupt loses nothing
@@ -193,7 +198,7 @@ class Worker:
             ends, F = self.policy.turn is not None, buffer.FACTS
             windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
             rows = enumerate(oldest.outbox.tolist())
-            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            replies = [Reply(row[:-F], *row[-F:], window=windows.get(slot)) for slot, row in rows]
             self._flights.popleft()
             return oldest.plan, replies
 

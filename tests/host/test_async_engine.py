@@ -14,6 +14,7 @@ import pytest
 
 from dlx import LLM, AsyncEngine, BusyError, Chunk, EngineError, ModelError, Output, RequestError, SamplingParams
 from dlx.async_engine import Limits
+from dlx.engine import Engine
 from dlx.request import Finish
 from tests.loops import Gate, Run, answered, at_rest, configured, read
 
@@ -91,6 +92,21 @@ def test_a_request_that_can_never_run_is_refused_at_once(engine: AsyncEngine, ru
         with pytest.raises(RequestError):
             run(ask(prompt, params))
     assert at_rest(engine)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan")])
+def test_a_timeout_that_is_no_time_is_refused(engine: AsyncEngine, timeout_s: float) -> None:
+    with pytest.raises(RequestError, match="pass seconds above 0"):
+        engine.submit(PROMPTS[0], LONG, timeout_s=timeout_s)
+
+
+def test_the_graphs_are_made_before_requests_may_come(nano: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncEngine(configured(nano))
+    seen: list[str] = []
+    monkeypatch.setattr(Engine, "prepare", lambda self: seen.append(engine.health().status))
+    run(engine.start())
+    run(engine.close())
+    assert seen == ["starting"]
 
 
 @pytest.mark.parametrize(
