@@ -75,9 +75,9 @@ class Scheduler:
         admit: dict[int, Row] = {}
         resume: dict[int, int] = {}
         filling: list[Request] = []
-        for slot, request in sorted(self.running.items(), key=lambda item: rank(item[1])):
-            if request.decodes:
-                continue
+        for request in sorted((r for r in self.running.values() if not r.decodes), key=rank):
+            slot = request.slot
+            assert slot is not None
             if self._fill(request, prefill):
                 filling.append(request)
             if request.filled < self.terms.goal(request):
