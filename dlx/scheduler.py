@@ -228,9 +228,12 @@ class Scheduler:
             request.published = n
 
     def _name(self, request: Request, n: int) -> None:
-        if n > len(request.digests):
-            first = prefix.root(request.params.cache_salt, request.params.adapter)
-            prefix.extend(request.digests, first, request.prompt + request.out, self.shapes.S, n)
+        done, S, prompt, params = request.digests, self.shapes.S, request.prompt, request.params
+        if n > len(done):
+            first = done[-1] if done else prefix.root(params.cache_salt, params.adapter)
+            at, end = len(done) * S, n * S
+            ids = prompt[at:end] + request.out[max(0, at - len(prompt)) : max(0, end - len(prompt))]
+            prefix.extend(done, first, ids, S)
 
     def _scope(self, running: dict[int, Request]) -> tuple[int, int]:
         """The scope that most rows want, the first of them, and how many positions it has in the longest of those."""

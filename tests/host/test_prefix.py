@@ -123,7 +123,7 @@ def test_a_digest_depends_on_all_that_came_before() -> None:
     chains: list[list[bytes]] = []
     for ids in ([1, 2, 3, 4], [1, 2, 3, 5], [9, 2, 3, 4]):
         digests: list[bytes] = []
-        extend(digests, root("", None), ids, 2, 2)
+        extend(digests, root("", None), ids, 2)
         chains.append(digests)
     assert chains[0][0] == chains[1][0] != chains[2][0]
     assert len({chain[1] for chain in chains}) == 3
