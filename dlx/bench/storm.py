@@ -57,7 +57,7 @@ class Peer:
         if status != 200:
             await reader.readexactly(int(headers.get("content-length", "0")))
             return Heard(status, "", None, False, 0.0, time.monotonic() - began_s, float(headers.get("retry-after", 1)))
-        text, finish, first_s, rest = "", None, 0.0, b""
+        text, finish, first_s, rest, events = "", None, 0.0, b"", list[bytes]()
         while size := int((await reader.readline()).strip(), 16):
             rest += (await reader.readexactly(size + 2))[:-2]
             *events, rest = rest.split(b"\n\n")

@@ -73,9 +73,10 @@ def chat(
             talk(lambda turn: tell(llm, turn, params, as_json=json).text, lambda t: trimmed(llm, t, params.max_tokens))
         return
     if engine.values():
-        raise RequestError(
-            f"--{min(engine.values()).replace('_', '-')} is a matter of the server at {url}; leave it out"
-        )
+        flag = ENGINE.knobs[min(engine.values())].flag
+        raise RequestError(f"{flag} is a matter of the server at {url}; leave it out")
+    if not url.startswith(("http://", "https://")):
+        raise RequestError(f"--url {url} is not allowed; use http://HOST:PORT")
 
     from dlx.cli import remote
 

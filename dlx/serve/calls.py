@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 from dlx.errors import EngineError
 from dlx.request import Chunk
-from dlx.serve.admission import Gone
+from dlx.serve.admission import RETRY_S, Gone
 from dlx.serve.asks import Call
 from dlx.serve.faults import Fault, fault_of
 from dlx.serve.metrics import Metrics
@@ -35,8 +35,11 @@ class Choices:
         try:
             for prompt, params in call.choices:
                 self._tickets.append(engine.submit(prompt, params, watch=watch, timeout_s=call.timeout_s))
-        except BaseException:
+        except BaseException as error:
             self._drop()
+            status = engine.health().status
+            if isinstance(error, EngineError) and status != "ready":
+                raise Fault(503, status, str(error), retry_after_s=RETRY_S) from None
             raise
         self._open = len(self._tickets)  # those that have not ended
         self._reason = "disconnect"  # why they are dropped, if they are
@@ -59,7 +62,7 @@ class Choices:
             for task in (work, left):
                 task.cancel()
             await asyncio.gather(work, left, return_exceptions=True)
-            self._leave()
+            self.leave()
 
     async def events(self, encoder: Encoder) -> AsyncGenerator[bytes, None]:
         """What a stream sends: a fault is an event, and no [DONE] follows it."""
@@ -89,7 +92,7 @@ class Choices:
             self._metrics.ended("failed", fault.code)
             yield failure(fault)
         finally:
-            self._leave()
+            self.leave()
 
     async def _news(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all, as they come; the number of the choice with each."""
@@ -145,8 +148,8 @@ class Choices:
         self._reason = "other_choice"
         return fault
 
-    def _leave(self) -> None:
-        """Drop what has not ended, as its client has gone or another choice failed."""
+    def leave(self) -> None:
+        """Drop what has not ended, as its client has gone or another choice failed; may be called again."""
         for _ in range(self._open):
             self._metrics.ended("aborted", self._reason)
         self._open = 0

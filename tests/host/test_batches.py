@@ -50,7 +50,7 @@ def test_one_shape_is_the_largest_of_rows_and_of_tokens() -> None:
     assert one[2:] == many[2:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_launches_of_one_shape_too(nano: Path) -> None:
     with LLM(nano, policy="single_bd", graphs="compile", batch_invariant=True, max_num_seqs=3, **ROOM) as llm:
         assert said(llm.generate(PROMPTS, PARAMS)) == alone(llm)

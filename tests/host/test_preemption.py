@@ -76,10 +76,10 @@ def same(folder: Path, pages: int, forwards: int, lag: int, **more: Any) -> int:
         ("single_bd", 32, 1, 1),
         ("single_bd", 32, 3, 1),
         ("multi_bd", 40, 1, 1),
-        pytest.param("dmax", 32, 1, 1, marks=pytest.mark.slow),
+        pytest.param("dmax", 32, 1, 1, marks=pytest.mark.long),
         pytest.param("edit", 32, 3, 0, marks=pytest.mark.slow),
-        pytest.param("token_merge", 32, 1, 1, marks=pytest.mark.slow),
-        pytest.param("credit", 32, 1, 1, marks=pytest.mark.slow),
+        pytest.param("token_merge", 32, 1, 1, marks=pytest.mark.long),
+        pytest.param("credit", 32, 1, 1, marks=pytest.mark.long),
     ],
 )
 def test_all_answer_the_same_where_everybody_gives_way(
@@ -112,7 +112,7 @@ def test_a_canvas_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same(tmp_path, 18, 1, 1, policy=policy, page_size=8) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whole_sequences_take_all_their_pages_and_never_give_way(tmp_path: Path) -> None:
     write(tmp_path, "llada", network("llada"))
     assert same(tmp_path, 40, 1, 0, policy="fast_dllm_v1", block_length=4, page_size=4) == 0

@@ -94,7 +94,7 @@ def test_a_found_prefix_changes_no_token_where_one_is_read_off_the_position_befo
         hits(llm, LONG, 8, FAMILIES[name].L, shift=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_found_prefix_changes_no_token_of_a_canvas(tmp_path: Path) -> None:
     gemma.write(tmp_path, gemma.tensors(gemma.model(0, 3.0)))
     more = {"max_num_seqs": 24, "max_model_len": 64, "num_pages": 200, "page_size": 8, "batch_invariant": True}
