@@ -1,4 +1,5 @@
-# make demo | test | test-long | lint: the environment is made on first use, with python3, pip and a package index alone.
+# make demo | test | test-long | test-browser | lint: the environment is made on first use, with python3, pip and a
+# package index alone.
 #
 #   PYTHON  the interpreter, 3.11 or newer
 #   VENV    the environment's folder
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # one thread: compiled CPU code is many times slower with two on a shared machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-long lint
+.PHONY: demo test test-long test-browser lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -24,11 +25,16 @@ demo: $(VENV)/.core
 	He gets 5 shells from his sister. How many shells does Tom have in the end?"
 
 test: $(VENV)/.dev
-	$(PYTEST) -n $(JOBS) -m "not gpu and not multi_gpu and not long and not interp"
+	$(PYTEST) -n $(JOBS) -m "not gpu and not multi_gpu and not long and not interp and not browser"
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m interp
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -n $(JOBS) -m long
+
+# Debian's Chromium, if there is none and this may install it; without it the tests are skipped
+test-browser: $(VENV)/.browser
+	command -v chromium >/dev/null || [ "$$(id -u)" -ne 0 ] || { apt-get update && apt-get install --yes chromium; }
+	$(PYTEST) tests/browser -m browser --screenshots docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -46,5 +52,9 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) --quiet --editable '.[dev]'
+	$(PIP) --quiet --editable '.[dev,eval,serve]'
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(PIP) --quiet --editable '.[serve,browser]'
 	@touch $@

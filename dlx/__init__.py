@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dlx.graphs.policies import Policy
     from dlx.llm import LLM
     from dlx.request import Chunk, Output, SamplingParams
+    from dlx.session import DecodeSession
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "CapacityError",
     "Chunk",
     "ConfigError",
+    "DecodeSession",
     "DlxError",
     "EngineError",
     "ModelError",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "AsyncEngine": "dlx.async_engine",
+    "DecodeSession": "dlx.session",
     "LLM": "dlx.llm",
     "Policy": "dlx.graphs.policies",
     "SamplingParams": "dlx.request",

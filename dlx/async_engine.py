@@ -6,6 +6,7 @@ Nothing of the process is touched: no signal handlers, no exit hooks, no environ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 from dlx.config import Config
 from dlx.engine import Engine
 from dlx.engine_thread import Due, EngineThread
-from dlx.errors import BusyError, EngineError
+from dlx.errors import BusyError, EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.health import Health, Limits, Stats, Status
 from dlx.models.card import Card
@@ -53,6 +54,7 @@ class AsyncEngine:
         self._quiet = asyncio.Event()  # no ticket is open
         self._quiet.set()
         self._over = asyncio.Event()  # the thread has ended, or hangs
+        self._hangs = False
         self._timer: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -72,11 +74,14 @@ class AsyncEngine:
 
         self._thread = EngineThread(self.config, partial(_resolve, ready), self._hear, over)
         try:
-            self._engine = await ready
+            engine = await ready
+            if self._status != "starting":
+                raise EngineError("the engine was closed while it started")
         except BaseException as error:
             self._thread.end()
             self._status, self._reason = "closed", f"it did not start: {error}"
             raise
+        self._engine = engine
         self._status, self._reason = "ready", ""
         self._monitor()
 
@@ -121,6 +126,8 @@ class AsyncEngine:
         status, reason = self.health()
         if status != "ready" or self._thread is None:
             raise EngineError(f"the engine is {status} and takes no requests ({reason})")
+        if timeout_s is not None and not timeout_s > 0:
+            raise RequestError(f"timeout_s={timeout_s!r} is not allowed; pass seconds above 0, or None")
         request = self.engine.request(prompt, params, watch)
         self._admit(request)
         most = self.limits.timeout_s
@@ -165,7 +172,7 @@ class AsyncEngine:
             return
         thread.end()
         await self._over.wait()
-        if self._status == "closed":
+        if not self._hangs:
             thread.thread.join()
         self._status, self._reason, self._engine, self._thread = "closed", self._reason, None, None
         if self._timer is not None:
@@ -181,34 +188,37 @@ class AsyncEngine:
     def health(self) -> Health:
         """Whether requests are taken, as of now."""
         if os.getpid() != self._pid:
-            return Health("unhealthy", "the process was forked; an engine lives in the process that built it")
+            return Health(
+                "unhealthy", "the process was forked, and an engine belongs to the process that built it; build another"
+            )
         self._look()
         return Health(self._status, self._reason)
 
     def stats(self) -> Stats:
         """Figures for those who watch the engine."""
         engine = self.engine
-        pool, scheduler, counts = engine.scheduler.pool, engine.scheduler, engine.counts
+        scheduler, worker, waiting = engine.scheduler, engine.worker, self._waiting()
+        launches, eager = worker.epoch + worker.prefills, self.config.graphs == "off"
         return Stats(
-            waiting=len(self._waiting()),
+            waiting=len(waiting),
             running=len(scheduler.running),
-            queued_tokens=sum(map(_tokens, self._waiting())),
-            pages_total=pool.total,
-            pages_used=pool.total - pool.free,
-            pages_cached=0,
-            prefix_hits=0,
-            prefix_queries=0,
-            preemptions=0,
-            replays=0,
-            eager_steps=0,
-            forwards=counts["forwards"],
-            prefill_forwards=0,
-            tokens=counts["tokens"],
+            queued_tokens=sum(map(_tokens, waiting)),
+            pages_total=scheduler.pool.total,
+            pages_used=scheduler.pool.used,
+            pages_cached=scheduler.pool.cached,
+            prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            preemptions=scheduler.preemptions,
+            replays=0 if eager else launches,
+            eager_steps=launches if eager else 0,
+            forwards=engine.counts["forwards"],
+            prefill_forwards=worker.prefills,
+            tokens=engine.counts["tokens"],
             finished=dict(self._finished),
         )
 
     def _waiting(self) -> list[Request]:
-        return [ticket.request for ticket in self._tickets.values() if ticket.request.admitted_s is None]
+        return [ticket.request for ticket in self._tickets.values() if ticket.request.slot is None]
 
     def _admit(self, request: Request) -> None:
         """Raise BusyError if the queue has no room for the request."""
@@ -253,7 +263,9 @@ class AsyncEngine:
         took_s = time.monotonic() - began_s
         if took_s > self.limits.watchdog_s:
             log.error("a turn of the engine takes longer than %g s; where its threads are:", self.limits.watchdog_s)
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            self._hangs = True
             self._break(f"a step takes longer than watchdog_s={self.limits.watchdog_s:g}")
 
     def _end(self, error: BaseException | None) -> None:

@@ -18,6 +18,7 @@ from dlx.errors import CapacityError, ModelError
 log = logging.getLogger(__name__)
 
 COMPILERS = {"c compiler": ("cc", "gcc", "clang"), "c++ compiler": ("c++", "g++", "clang++")}
+OLDEST = (8, 0)  # compute capability with bfloat16 and what the kernels' copies need
 NO_TORCH, NO_MODEL = 1, 3  # exit codes of the command line
 
 
@@ -74,12 +75,28 @@ def driver() -> str | None:
 
 
 def settle(device: str | None) -> None:
-    """Make sure that the device is there; on a CPU choose torch's threads."""
+    """Make sure that the device is there and new enough; on a CPU choose torch's threads.
+
+    Raises CapacityError  with the versions that matter
+    """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CapacityError("device='cuda': torch sees no such device; use --device cpu, see dlx doctor")
-    if device == "cpu" or not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if device is not None and device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        has = f"torch {torch.__version__}, its CUDA {torch.version.cuda}, driver {driver()}"
+        if not there:
+            raise CapacityError(
+                f"device={device!r}: torch sees no such device ({has}); use --device cpu, see dlx doctor"
+            )
+        if index >= torch.cuda.device_count():
+            raise CapacityError(f"device={device!r} is not among the {torch.cuda.device_count()} there are ({has})")
+    if there and device != "cpu":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < OLDEST:
+            least = f"sm_{OLDEST[0]}{OLDEST[1]}"
+            raise CapacityError(f"{device or 'cuda'} is sm_{major}{minor}; dlx needs {least} or newer, or --device cpu")
+    else:
         choose_threads()
 
 

@@ -16,14 +16,17 @@ from dlx.errors import ConfigError
 
 LONGEST_BYTES = 2**20
 TAG = "tag:yaml.org,2002:"
+DECIMAL = r"\.[0-9]+|[0-9]+\.[0-9]*"
 # kind → how it is written, and its first characters
 WORDS = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-              "-+.0123456789"),
-}  # fmt: skip
+    "float": (
+        rf"[-+]?(?:(?:{DECIMAL})(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
+        "-+.0123456789",
+    ),
+}
 
 
 class Loader(yaml.SafeLoader):

@@ -8,43 +8,39 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 
 from dlx import weights
-from dlx.answer import Answer
+from dlx.answer import Answers
 from dlx.config import Config
 from dlx.errors import EngineError
+from dlx.graphs.capture import short
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.plan import Plan, Reply
-from dlx.request import Chunk, Finish, Output, Request, SamplingParams, Timings, Window
+from dlx.request import Chunk, Finish, Request, SamplingParams, Window
 from dlx.scheduler import Scheduler
 from dlx.tokenizer import Tokenizer
 from dlx.worker import Worker
 
 log = logging.getLogger(__name__)
 
-NOT_FINITE = "its logits were not finite"
 FAILURES = 3  # failed steps in a row after which no other is tried
 
 
-class Open(NamedTuple):
-    """A request whose last chunk is yet to come, and its answer so far."""
-
-    request: Request
-    answer: Answer
-
-
 class Engine:
-    """Requests in, chunks out; the caller owns the loop and calls `step` until `idle`."""
+    """Requests in, chunks out; the caller owns the loop and calls `step` until `idle`.
 
-    def __init__(self, config: Config) -> None:
+    text  chunks and outputs hold text; without, it is empty where no stop strings are asked for
+    """
+
+    def __init__(self, config: Config, text: bool = True) -> None:
         weights.read_config(config.model)  # first, for the plainer word on a folder that is not there
         self.tokenizer = Tokenizer.load(config.model)
         self.worker = Worker(config, self.tokenizer.size)
@@ -54,13 +50,14 @@ class Engine:
         self.lag = 1 if w.device.type == "cuda" and not told else 0  # launches that may be unread when the next is sent
         self.scheduler = Scheduler(
             w.policy, w.card, w.shapes, PagePool(w.num_pages), w.max_len, tuple(config.adapters),
-            (1 + self.lag) * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
+            2 * config.forwards, config.max_num_batched_tokens, config.prefix_caching,
         )  # fmt: skip
         self.broken = ""  # why no further step is taken
         self.cause: Exception | None = None  # of the last failure
         self._failures = 0  # in a row
+        self._pid = os.getpid()
         self._ids = itertools.count()
-        self._open: dict[int, Open] = {}
+        self._answers = Answers(self.tokenizer, text)
         self.counts: Counter[str] = Counter()  # tokens, and denoise forwards of each request, so far
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
@@ -79,10 +76,14 @@ class Engine:
 
         watch  it gets a chunk from every launch, with its window
         Raises RequestError  if it can never run
-        Raises EngineError   if the engine is broken
+        Raises EngineError   if the engine is broken, or belongs to the process that this one was forked from
         """
         if self.broken:
             raise EngineError(self.broken)
+        if os.getpid() != self._pid:
+            raise EngineError(
+                "the process was forked, and an engine belongs to the process that built it; build another"
+            )
         request = Request(next(self._ids), prompt, params, time.monotonic(), watch)
         self.scheduler.check(request)
         return request
@@ -90,7 +91,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue what `request` returned."""
         self.scheduler.add(request)
-        self._open[request.id] = Open(request, Answer(self.tokenizer.stream(), request.params.stop))
+        self._answers.open(request)
 
     def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
@@ -105,9 +106,9 @@ class Engine:
 
     def abort(self, id: int, finish: Finish = Finish.ABORT) -> Chunk | None:
         """End a request that has not finished; others go on. Its last chunk; None if the number is unknown by now."""
-        if id not in self._open:
+        if id not in self._answers:
             return None
-        chunk, slot = self._end(self._open[id].request, finish)
+        chunk, slot = self._end(self._answers[id], finish)
         self._stop([slot])
         return chunk
 
@@ -129,6 +130,10 @@ class Engine:
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
             self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+        except BaseException as error:
+            if plan is None:  # half a plan: nothing says what the device knows of it
+                self._fail(error, self.scheduler.running.values())
+            raise
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
@@ -141,15 +146,21 @@ class Engine:
         return chunks
 
     def _launch(self, plan: Plan) -> None:
-        """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
+        """Launch. An interrupt that comes before the step leaves all as it was: who was to be admitted waits again."""
+        steps, unread = self.worker.epoch, self.worker.in_flight
         try:
             self.worker.launch(plan)
         except BaseException as error:
+            interrupt = not isinstance(error, Exception)
+            if interrupt and self.worker.in_flight > unread:
+                raise  # it is on its way
             self._stop([*plan.admit, *plan.resume, *plan.preempt])
-            if not isinstance(error, Exception):
+            if interrupt and self.worker.epoch > steps:
+                self._fail(error, plan.running.values())  # the step may have run, and what it committed is lost
+            elif interrupt:
                 self.scheduler.put_back(plan)
-            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
-            self._due += [self._end(self._open[id].request, Finish.ERROR, _line(error))[0] for id in lost]
+            gone = [id for id in plan.preempt.values() if id in self._answers and not self.worker.rows.holds(id)]
+            self._due += [self._end(self._answers[id], Finish.ERROR, _line(error))[0] for id in gone]
             raise
 
     def _read(self, most: int) -> None:
@@ -161,20 +172,19 @@ class Engine:
             self._harvest()
 
     def _harvest(self) -> None:
+        plan, unread = self.worker.oldest, self.worker.in_flight
         try:
-            plan, replies = self.worker.harvest()
-        except Exception as error:
-            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
-            self._fail(error, [*lost, *self.scheduler.running.values()])
-            return
-        try:
+            _, replies = self.worker.harvest()
             with span("take"):
                 self._take(plan, replies)
             self._failures = 0
+        except Exception as error:
+            lost = [plan] if self.worker.in_flight < unread else self.worker.discard()
+            self._fail(error, [r for plan in lost for r in plan.running.values()])
         except BaseException as error:
-            self._fail(error, plan.running.values())
-            if not isinstance(error, Exception):
-                raise
+            if self.worker.in_flight < unread:  # it was read, and is not booked
+                self._fail(error, plan.running.values())
+            raise
 
     def _take(self, plan: Plan, replies: list[Reply]) -> None:
         """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
@@ -185,34 +195,28 @@ class Engine:
             self.counts["tokens"] += len(ids)
         for request in plan.running.values():
             if windows.get(request.id) is not None and request.finish is None:
-                self._due.append(_seen(Chunk(request.id, "", [], None, [], None), windows[request.id]))
+                self._due.append(_seen(Chunk(request.id, "", [], None, [], None, nfe=request.nfe), windows[request.id]))
         self.counts["forwards"] += sum(request.nfe for request in plan.running.values()) - forwards
 
     def _told(self, request: Request, ids: list[int]) -> Chunk:
         """The chunk of what was committed; a text that cannot be told fails its request alone."""
         try:
-            return self._chunk(request, ids)
+            chunk = self._answers.chunk(request, ids)
         except Exception as error:
             log.exception("the text of request %d failed", request.id)
             self.cause = error
             chunk, slot = self._end(request, Finish.ERROR, _line(error))
             self._stop([slot])
             return chunk
-
-    def _chunk(self, request: Request, ids: list[int]) -> Chunk:
-        shown = ids[:-1] if request.finish is Finish.STOP else ids
-        piece = self._open[request.id].answer.add(shown, last=request.finish is not None)
-        if piece.stop is not None:  # its row is inert from the next launch on, its pages are free now
-            self._stop([self.scheduler.abort(request.id, Finish.STOP)])
-            request.finish = Finish.STOP
-            del request.out[len(request.out) - (len(ids) - len(piece.ids)) :]
-        output = self._output(request, piece.stop) if request.finish is not None else None
-        error = NOT_FINITE if request.finish is Finish.ERROR else None
-        return Chunk(request.id, piece.text, list(piece.ids), request.finish, [], output, error)
+        if chunk.output is not None:
+            self.worker.rows.forget(request.id)
+            if chunk.output.stop is not None:  # the device does not know: its pages are free, its row is inert from now
+                self._stop([self.scheduler.abort(request.id, Finish.STOP)])
+        return chunk
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
-        failed = list({request.id: request for request in requests if request.id in self._open}.values())
+        failed = list({request.id: request for request in requests if request.id in self._answers}.values())
         ended = [self._end(request, Finish.ERROR, _line(error)) for request in failed]
         self._due += [chunk for chunk, _ in ended]
         self._stop([slot for _, slot in ended])
@@ -221,9 +225,9 @@ class Engine:
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
         self.cause = error
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        elif not isinstance(error, MemoryError):
+        if short(error):
+            torch.cuda.empty_cache()  # the next batch may be smaller
+        else:
             self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")
@@ -231,9 +235,8 @@ class Engine:
     def _end(self, request: Request, finish: Finish, error: str | None = None) -> tuple[Chunk, int | None]:
         """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""
         slot = self.scheduler.abort(request.id, finish)
-        request.finish = finish  # also of one that has ended, and could not be told
-        rest = "" if error else self._open[request.id].answer.add([], last=True).text
-        return Chunk(request.id, rest, [], finish, [], self._output(request), error), slot
+        self.worker.rows.forget(request.id)
+        return self._answers.last(request, finish, error), slot
 
     def _stop(self, slots: list[int | None]) -> None:
         """Make rows inert; where the device does not do that, it does nothing any more."""
@@ -252,27 +255,6 @@ class Engine:
         self.worker.discard()
         for request in (*self.scheduler.running.values(), *self.scheduler.waiting):
             self._due.append(self._end(request, Finish.ERROR, why)[0])
-
-    def _output(self, request: Request, stop: str | None = None) -> Output:
-        text = self._open.pop(request.id).answer.text
-        self.worker.rows.forget(request.id)
-        now, began = time.monotonic(), request.arrived_s
-        assert request.finish is not None
-        times = Timings((request.admitted_s or now) - began, (request.first_s or now) - began, now - began)
-        shown = request.out[:-1] if request.finish is Finish.STOP and stop is None else request.out
-        return Output(
-            request.id,
-            request.prompt,
-            text,
-            shown,
-            request.finish,
-            len(request.out),
-            request.nfe,
-            request.prefills,
-            times,
-            request.cached,
-            stop,
-        )
 
 
 def _seen(chunk: Chunk, window: Window | None) -> Chunk:

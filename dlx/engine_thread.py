@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dlx.config import Config
 from dlx.engine import Engine
+from dlx.errors import EngineError
 from dlx.request import Chunk, Finish, Request
 
 
@@ -85,6 +86,7 @@ class EngineThread:
             self._tell(self._ready, engine)
             while self._turn(engine):
                 pass
+            self._obey(engine)
             for id in list(self._open):
                 self._abort(engine, id, Finish.ABORT)
             self._tell_chunks()
@@ -99,22 +101,29 @@ class EngineThread:
                 self._wake.wait()
             if self._ending:
                 return False
-            commands, self._commands = self._commands, []
         self.began_s = time.monotonic()
-        for command in commands:
-            command(engine)
+        self._obey(engine)
         if self.began_s >= self._next_s:
             self._expire(engine, self.began_s)
+        self._tell_chunks()  # who was aborted need not wait for the step
         if not engine.idle:
             self._chunks += engine.step()
+            self._tell_chunks()
         self.began_s = None
-        self._tell_chunks()
+        if engine.broken:
+            raise EngineError(engine.broken)
         return True
+
+    def _obey(self, engine: Engine) -> None:
+        with self._wake:
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command(engine)
 
     def _expire(self, engine: Engine, now_s: float) -> None:
         """End what has waited or run for too long."""
         for due in list(self._open.values()):
-            if now_s >= (due.queue_s if due.request.admitted_s is None else due.end_s) or now_s >= due.end_s:
+            if now_s >= due.end_s or (now_s >= due.queue_s and due.request.admitted_s is None):
                 self._abort(engine, due.request.id, Finish.TIMEOUT)
         times = (t for due in self._open.values() for t in (due.end_s, due.queue_s) if t > now_s)
         self._next_s = min(times, default=float("inf"))

@@ -32,7 +32,16 @@ class Health(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What waits, runs and is held now; from prefix_hits on, counts since the start."""
+    """What waits, runs and is held now; from prefix_hits on, counts since the start.
+
+    prefix_hits       tokens of prompts whose K/V was there already, of prefix_queries
+    preemptions       requests that gave way to older ones
+    replays           launches of graphs; eager_steps are those without
+    forwards          denoise forwards, each counted for every request in it
+    prefill_forwards  forwards of prompts
+    tokens            committed
+    finished          requests by what ended them, see `Finish`
+    """
 
     waiting: int
     running: int
@@ -40,8 +49,8 @@ class Stats(NamedTuple):
     pages_total: int
     pages_used: int
     pages_cached: int
-    prefix_hits: int  # tokens
-    prefix_queries: int  # tokens
+    prefix_hits: int
+    prefix_queries: int
     preemptions: int
     replays: int
     eager_steps: int

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from dlx.llm import LLM, Message
 
 MASK = "░"
+SHADES = "░▒▓"  # of a mask, by how sure its proposal is
 FIGURES = ("text", "token_ids", "finish_reason", "tokens", "nfe", "prefill_forwards", "tokens_per_forward")
+SURE = 0.8  # a decided token below it is told apart
 FRAME_S = 0.03  # at most one frame in this many seconds: drawing shares the core with the model
 C0_C1 = {*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}
 BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # they reorder what stands around them
@@ -38,6 +41,7 @@ class View(NamedTuple):
     window    pieces of text after it; None is one mask
     forwards  denoise forwards so far
     tokens    committed tokens so far
+    sure      how sure each piece is, 0 to 1; of a mask, its proposal; empty: not known
     """
 
     text: str
@@ -45,6 +49,7 @@ class View(NamedTuple):
     forwards: int
     tokens: int
     elapsed_s: float
+    sure: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,13 @@ def tail(body: Text, console: Console, width: int, room: int) -> list[Text]:
 
 
 def render(view: View) -> Frame:
-    """The picture of a view: committed text plain, the window dim, masks as blocks."""
+    """The picture of a view: committed text plain, the window dim, masks as blocks; shade and colour tell how sure."""
     body = Text(clean(view.text))
-    for piece in view.window:
-        body.append(MASK if piece is None else clean(piece), style="dim cyan" if piece is None else "dim")
+    for piece, sure in zip_longest(view.window, view.sure):
+        if piece is None:
+            body.append(SHADES[min(int((sure or 0.0) * len(SHADES)), len(SHADES) - 1)], style="dim cyan")
+        else:
+            body.append(clean(piece), style="dim" if sure is None or sure >= SURE else "dim yellow")
     return Frame(body, status(view.forwards, view.tokens, view.elapsed_s))
 
 
@@ -105,20 +113,28 @@ def pieces(window: list[int], mask_id: int, decode: Callable[[list[int]], str]) 
         yield decode(run)
 
 
+def sureness(window: list[int], confidence: list[float], mask_id: int) -> Iterator[float]:
+    """How sure each of the `pieces` is: a mask's own confidence, a run's mean."""
+    for masked, part in groupby(zip(window, confidence), lambda one: one[0] == mask_id):
+        run = [p for _, p in part]
+        yield from run if masked else [sum(run) / len(run)]
+
+
 def show(chunks: Iterable[Chunk], mask_id: int, decode: Callable[[list[int]], str], console: Console) -> Output:
     """Draw a watched stream while it runs; then leave the whole text and its figures on the screen."""
     began = drawn = time.monotonic()
     text, tokens, output = "", 0, None
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
-            for forwards, chunk in enumerate(chunks, 1):
+            for n, chunk in enumerate(chunks):
                 text += chunk.text
                 tokens += len(chunk.token_ids)
                 output = chunk.output
                 now = time.monotonic()
-                if now - drawn >= FRAME_S or forwards == 1:
+                if now - drawn >= FRAME_S or n == 0:
                     window = tuple(pieces(chunk.window, mask_id, decode))
-                    live.update(render(View(text, window, forwards, tokens, now - began)), refresh=True)
+                    sure = tuple(sureness(chunk.window, chunk.confidence, mask_id))
+                    live.update(render(View(text, window, chunk.nfe, tokens, now - began, sure)), refresh=True)
                     drawn = now
     finally:  # also what an interrupt leaves
         if text:

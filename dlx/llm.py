@@ -11,8 +11,9 @@ from typing import Any, TypeGuard
 from rich.console import Console
 from rich.progress import Progress
 
+from dlx.answer import NOT_FINITE
 from dlx.config import Config
-from dlx.engine import NOT_FINITE, Engine
+from dlx.engine import Engine
 from dlx.errors import EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.models.card import Card

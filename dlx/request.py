@@ -181,6 +181,7 @@ class Chunk(NamedTuple):
     window, confidence, guess  of a watched request, as Window's; else empty
     output                     on the last chunk: the whole answer
     error                      why the request failed, in one line; its finish is ERROR
+    nfe                        the request's denoise forwards so far
     """
 
     id: int
@@ -192,6 +193,7 @@ class Chunk(NamedTuple):
     error: str | None = None
     confidence: list[float] = []  # noqa: RUF012
     guess: list[int] = []  # noqa: RUF012
+    nfe: int = 0
 
 
 class Output(NamedTuple):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from dlx import prefix
 from dlx.admission import Admission
-from dlx.errors import BusyError
 from dlx.graphs import buffer
 from dlx.graphs.buffer import Row
 from dlx.graphs.policies import Policy
@@ -35,19 +34,16 @@ class Scheduler:
               device; the newest is preempted for them. None: all that it may ever need, when it is admitted
     budget    positions of prompts a launch prefills; None: all
     caching   pages of finished prefixes are kept and found again
-    max_queued, max_queued_tokens  requests and their tokens (prompts and answers) that may wait; None: any
     """
 
     def __init__(
         self, policy: Policy, card: Card, shapes: Shapes, pool: PagePool, max_len: int, adapters: Sequence[str] = (),
         forwards: int | None = None, budget: int | None = None, caching: bool = False,
-        max_queued: int | None = None, max_queued_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.shapes, self.pool = policy, shapes, pool
         self.terms = Admission(policy, card, shapes, max_len, adapters, forwards)
         self.budget = None if budget is None else max(budget, shapes.C)
         self.caching = caching and self.terms.chained
-        self.max_queued, self.max_queued_tokens = max_queued, max_queued_tokens
         self.waiting: list[Request] = []  # by rank
         self.running: dict[int, Request] = {}  # by slot; those whose prompt is not all prefilled do not decode yet
         self.prefix_queries = self.prefix_hits = 0  # tokens of prompts that were admitted, and of these found
@@ -60,25 +56,12 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self.waiting and not self.running
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens of prompts and answers of those who wait."""
-        return sum(len(r.prompt) + r.params.max_tokens for r in self.waiting)
-
     def check(self, request: Request) -> None:
         """Raise RequestError for what can never run, before it is queued."""
         self.terms.check(request, self.pool.total)
 
     def add(self, request: Request) -> None:
-        """Queue a checked request. Raises BusyError if too many wait, or too much."""
-        if self.max_queued is not None and len(self.waiting) >= self.max_queued:
-            raise BusyError(f"{len(self.waiting)} requests wait and max_queued={self.max_queued}; try again later")
-        tokens = len(request.prompt) + request.params.max_tokens
-        if self.max_queued_tokens is not None and self.queued_tokens + tokens > self.max_queued_tokens:
-            raise BusyError(
-                f"requests of {self.queued_tokens} tokens wait, this one has {tokens} and "
-                f"max_queued_tokens={self.max_queued_tokens}; try again later"
-            )
+        """Queue a checked request, behind those of its rank."""
         insort(self.waiting, request, key=rank)
 
     def plan(self) -> Plan | None:
@@ -164,13 +147,6 @@ class Scheduler:
                 self._end(request, finish)
                 return slot
         return None
-
-    def fail(self, running: dict[int, Request]) -> list[Request]:
-        """End those of a launch that failed who have not ended yet; their rows, if any, are to be stopped."""
-        lost = [request for request in running.values() if request.finish is None]
-        for request in lost:
-            self._end(request, Finish.ERROR)
-        return lost
 
     def check_invariants(self) -> None:
         """Slots and pages are held once, what is shared or published is never written, and all wait in order."""

@@ -109,7 +109,6 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         max_length=64,
         description="name → LoRA adapter, a folder or ORG/NAME, that requests ask for by name",
     )
-
     watch: bool = Field(
         default=False, strict=True, description="keep proposals and confidences of undecided tokens for whoever watches"
     )

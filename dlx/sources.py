@@ -40,6 +40,10 @@ class Knob(NamedTuple):
         return "--" + self.written.replace("_", "-")
 
     @property
+    def sentence(self) -> str:
+        return self.description[:1].upper() + self.description[1:].rstrip(".") + "."
+
+    @property
     def secret(self) -> bool:
         return SecretStr in (self.kind, *get_args(self.kind))
 

@@ -102,6 +102,16 @@ class Tokenizer:
         """The text of ids, special tokens left out; RequestError if an id is not from 0 to size - 1."""
         return self._tokenizer.decode(_checked(ids, self.size), skip_special_tokens=True)
 
+    @property
+    def templated(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return self._template is not None
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """A conversation in the checkpoint's chat template, as it would be read; `chat` gives its ids."""
+        _check(messages)
+        return self._render(messages)
+
     def stream(self) -> TextStream:
         """A decoder for ids that arrive bit by bit."""
         return TextStream(self._tokenizer, self.size)

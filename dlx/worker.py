@@ -9,12 +9,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlx import memory, network, watch, weights
+from dlx import flight, memory, network, watch, weights
 from dlx.config import Config, bind, geometry
 from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
@@ -29,15 +28,6 @@ from dlx.request import STOP_IDS
 from dlx.rows import Rows
 
 log = logging.getLogger(__name__)
-
-
-class Flight(NamedTuple):
-    """A launch whose outbox is on its way to the host."""
-
-    plan: Plan
-    outbox: Tensor  # [B, · + FACTS] int32, an Outbox packed, on the host, pinned where the device is a GPU
-    windows: Tensor | None  # of watched rows, see watch.py; there too
-    landed: torch.cuda.Event | None
 
 
 class Worker:
@@ -73,7 +63,7 @@ class Worker:
         # a prompt that sees itself whole is one forward, and so is a sequence
         chunk = sizes.max_len if self.policy.full or turn is not None else min(2048, config.max_num_batched_tokens)
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[flight.Flight] = deque()
         self.kv: tuple[Tensor, ...] = ()
         self.net = network.load(config, self.card, raw, self.device)
         try:
@@ -109,8 +99,8 @@ class Worker:
     def _take(self, pages: int) -> None:
         """Have so many K/V pages, and no others."""
         self.kv = ()
+        scale_(self.net, pages, self.config.kv_dtype)  # first: it needs memory for a while
         self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
-        scale_(self.net, pages, self.config.kv_dtype)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -118,7 +108,7 @@ class Worker:
         with self._there:
             self._take(memory.FEW)
             T, B = self.shapes.tokens[-1], self.config.max_num_seqs
-            if self.policy.turn is None:
+            if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
                 self._step(B, scope, C)[0]()
@@ -173,7 +163,7 @@ class Worker:
             with span("step"):
                 self.graphs.replay(key)
             windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
-            self._flights.append(self._read(plan, self._outbox(rows), windows))
+            self._flights.append(flight.sent(plan, self._outbox(rows), windows))
             for id in plan.resume.values():
                 self.rows.forget(id)
 
@@ -194,18 +184,23 @@ class Worker:
         """Launches not yet harvested."""
         return len(self._flights)
 
+    @property
+    def oldest(self) -> Plan:
+        """What `harvest` reads next."""
+        return self._flights[0].plan
+
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
-        flight = self._flights[0]  # until it is read: an interrupt loses nothing
+        oldest = self._flights[0]  # until it is read: an interrupt loses nothing
         with span("harvest"):
-            if flight.landed is not None:
-                flight.landed.synchronize()
+            if oldest.landed is not None:
+                oldest.landed.synchronize()
             ends, F = self.policy.turn is not None, buffer.FACTS
-            windows = watch.unpacked(flight.plan, flight.windows, self.policy.N + 1, self.width, ends)
-            rows = enumerate(flight.outbox.tolist())
-            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
+            rows = enumerate(oldest.outbox.tolist())
+            replies = [Reply(row[:-F], *row[-F:], window=windows.get(slot)) for slot, row in rows]
             self._flights.popleft()
-            return flight.plan, replies
+            return oldest.plan, replies
 
     def stop(self, slot: int) -> None:
         """Make a row inert from the next launch on; a loop on the device ends with its forward."""
@@ -214,7 +209,7 @@ class Worker:
 
     def discard(self) -> list[Plan]:
         """Forget the launches in flight, whose rows are all inert, or lost."""
-        plans = [flight.plan for flight in self._flights]
+        plans = [sent.plan for sent in self._flights]
         self._flights.clear()
         return plans
 
@@ -230,14 +225,6 @@ class Worker:
         if self.device.type == "cpu":
             return packed
         return packed.pin_memory().to(self.device, non_blocking=True)
-
-    def _read(self, plan: Plan, out: Tensor, windows: Tensor | None) -> Flight:
-        if self.device.type == "cpu":
-            return Flight(plan, out.clone(), windows, None)
-        landed = torch.cuda.Event()
-        flight = Flight(plan, _landing(out), None if windows is None else _landing(windows), landed)
-        landed.record()
-        return flight
 
     def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""
@@ -299,10 +286,3 @@ class Worker:
         else:
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
         return step, partial(loop.running, view)
-
-
-def _landing(x: Tensor) -> Tensor:
-    """Pinned memory on the host that x is on its way to."""
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    return host

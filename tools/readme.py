@@ -1,7 +1,10 @@
-"""Write the README's tables: of ops from the records in profiles/ops, of families from those in profiles/runs.
+"""Write the tables of the README, docs/performance.md and docs/keys.md.
+
+Of ops from the records in profiles/ops, of families from those in profiles/runs, of models and strategies from the
+tables of both and what binds, of the field's keys from dlx.harness.keys.
 
 python tools/readme.py          rewrites what stands between the marks
-python tools/readme.py --check  says whether it is stale, and exits with 1 if it is
+python tools/readme.py --check  says whether a page is stale, and exits with 1 if one is
 """
 
 from __future__ import annotations
@@ -9,9 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dlx.harness.keys import Key
+    from dlx.models.card import Card
 
 ROOT = Path(__file__).parents[1]
 MARKS = "<!-- {}:begin, by tools/readme.py -->", "<!-- {}:end -->"
@@ -41,8 +48,8 @@ def records(folder: Path) -> dict[str, dict[str, dict[str, Record]]]:
     return found
 
 
-def tables(folder: Path, root: Path = ROOT) -> str:
-    """What the README shows of the records in `folder`; links are relative to `root`."""
+def tables(folder: Path, root: Path = ROOT, up: str = "") -> str:
+    """The records in `folder`, as tables; links are relative to `root`, behind `up`."""
     gpus = records(folder)
     if not gpus:
         return NONE
@@ -55,7 +62,7 @@ def tables(folder: Path, root: Path = ROOT) -> str:
             f"{span((r['matmul_tflops'] for r in roofs), 0)} TFLOP/s of a large bf16 matmul in the runs themselves; "
             f"cells are microseconds and the share of whichever roof binds. {versions(made)}.\n"
         )
-        at = (folder / gpu).relative_to(root).as_posix()
+        at = up + (folder / gpu).relative_to(root).as_posix()
         parts += [table(op, ops[op], at) for op in [*TITLES, *sorted(set(ops) - set(TITLES))] if op in ops]
     return "\n".join(parts)
 
@@ -139,6 +146,93 @@ def one(run: Record) -> list[str]:
     ]
 
 
+def models(folder: Path) -> str:
+    """Which strategies decode which families, and what is known of them; strategies that suit the same are a column.
+
+    folder  of records, profiles/runs: whose shapes count as measured
+    """
+    from dlx.config import TINY
+    from dlx.graphs.policies import POLICIES
+    from dlx.models.families import FAMILIES
+
+    cards = shapes()
+    (bundled,) = shapes(TINY, "config.json")
+    fits = {p: tuple(f for f, mine in cards.items() if any(binds(p, card) for card in mine.values())) for p in POLICIES}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, suits in fits.items():
+        groups.setdefault(suits, []).append(name)
+    letters = dict(zip(groups, "ABCDEFGH", strict=False))
+    lines = [f"- **{letters[suits]}** {', '.join(f'`{name}`' for name in many)}" for suits, many in groups.items()]
+    columns = [*letters.values(), "own", "checked with", "step measured", "checkpoints"]
+    lines += ["", row("family", columns), row("---", [*[":---:"] * len(letters), *["---"] * 4])]
+    timed = measured(folder)
+    for facts in FAMILIES.values():
+        mine = cards[facts.name]
+        weights = "trained (bundled) and random weights" if facts.name == bundled else "random weights"
+        marks = ["✓" if facts.name in suits else "" for suits in groups]
+        seen = ", ".join(name for name in mine if name in timed) or "not yet"
+        lines.append(row(facts.name, [*marks, f"`{facts.policy}`", weights, seen, facts.repos]))
+    return "\n".join(lines) + "\n"
+
+
+def shapes(folder: Path | None = None, pattern: str = "*.json") -> dict[str, dict[str, Card]]:
+    """Family → name → card of the shapes of a folder, or of those that dlx knows."""
+    from dlx.bench.arguments import SHAPES
+    from dlx.models.card import Card
+
+    found: dict[str, dict[str, Card]] = {}
+    for path in sorted((folder or SHAPES).glob(pattern)):
+        card = Card.from_hf(json.loads(path.read_text()), {})
+        found.setdefault(card.family, {})[path.stem] = card
+    return found
+
+
+def measured(folder: Path) -> set[str]:
+    """Names of the shapes whose step was timed on a GPU."""
+    names = set()
+    for path in folder.glob("*/*.json"):
+        record: Record = json.loads(path.read_text()) if path.parent.name != "cpu" else {}
+        if "ms_per_forward" in record:
+            names.add(record["scene"]["shape"])
+        names |= {name for name, run in record.get("runs", {}).items() if "ms_per_forward" in run}
+    return names
+
+
+def binds(policy: str, card: Card) -> bool:
+    """Whether a policy decodes a checkpoint, with the block length that it was trained for."""
+    from dlx.config import bind
+    from dlx.errors import PolicyError
+    from dlx.graphs.policies import POLICIES
+
+    try:
+        bind(POLICIES[policy], card, None)
+    except PolicyError:
+        return False
+    return True
+
+
+def keys() -> str:
+    """The field's keys, group by group."""
+    from dlx.harness.keys import ENGINE, EVAL, PROFILER
+
+    parts = []
+    for title, section in (("`engine:`", ENGINE), ("`eval:`", EVAL), ("`profiler_config`", PROFILER)):
+        for group in dict.fromkeys(key.group for key in section.values()):
+            mine = {name: key for name, key in section.items() if key.group == group}
+            parts.append(f"### {group} ({title})\n\n{rows(mine)}")
+    return "\n".join(parts)
+
+
+def rows(section: Mapping[str, Key]) -> str:
+    """A line a key: the field of dlx that takes it, and how, or why there is none."""
+    lines = [row("key", ["in dlx", "how"]), row("---", ["---", "---"])]
+    for name, key in section.items():
+        allowed = " or ".join(f"`{'null' if value is None else value}`" for value in key.only)
+        only = f"{allowed} alone is accepted" if key.only and not key.to else ""
+        lines.append(row(f"`{name}`", [f"`{key.to}`" if key.to else "", "; ".join(filter(None, (key.why, only)))]))
+    return "\n".join(lines).replace("|  |", "| |") + "\n"
+
+
 def span(values: Iterable[float], digits: int = 2) -> str:
     """The extremes of some numbers, or the one that they all are."""
     said = sorted({f"{value:.{digits}f}" for value in values}, key=float)
@@ -163,15 +257,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = filled(before, "ops", tables(ROOT / "profiles" / "ops"))
-    after = filled(after, "families", families(ROOT / "profiles" / "runs"))
-    if args.check:
-        print("README.md is up to date" if after == before else "README.md is stale: run python tools/readme.py")
-        return int(after != before)
-    readme.write_text(after)
-    return 0
+    runs = ROOT / "profiles" / "runs"
+    pages = {
+        "README.md": {"models": models(runs), "families": families(runs)},
+        "docs/performance.md": {"ops": tables(ROOT / "profiles" / "ops", ROOT, "../")},
+        "docs/keys.md": {"keys": keys()},
+    }
+    stale = False
+    for page, parts in pages.items():
+        path = ROOT / page
+        before = after = path.read_text()
+        for name, block in parts.items():
+            after = filled(after, name, block)
+        if not args.check:
+            path.write_text(after)
+        elif after != before:
+            print(f"{page} is stale: run python tools/readme.py")
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from dlx.cli.notices import INTERRUPTED, UNREAD, complain, notice, set_logging
 COMMANDS = {
     "generate": ("answers:generate", "Answer one prompt, or all of a JSONL file."),
     "chat": ("answers:chat", "Talk, turn by turn: /reset forgets, /exit leaves."),
-    "bench": ("bench:bench", "Measure speed: latency, throughput, startup, roofline."),
+    "serve": ("serving:serve", "Serve a model over HTTP, as OpenAI's API."),
+    "eval": ("evaluation:evaluate", "Measure accuracy, tokens per forward and speed on tasks."),
+    "bench": ("bench:bench", "Measure speed: latency, throughput, startup, roofline, serve."),
     "profile": ("graphs:profile", "Record steps of one answer: a trace, and where their time goes."),
     "tune": ("bench:tune", "Search launch configurations of the kernels on this GPU, and record them."),
     "pack": ("graphs:pack", "Compile a model's graphs once, and keep them for a fast start; prints the folder."),
@@ -51,7 +53,9 @@ for name, (place, line) in COMMANDS.items():
 
 
 def words(argv: list[str]) -> list[str]:
-    """The arguments with a lone - put behind a --: cyclopts would take it for an option."""
+    """The arguments with a lone - put where cyclopts does not take it for an option: behind a --, or a =."""
+    if "--jsonl" in argv[:-1] and argv[at := argv.index("--jsonl") + 1] == "-":
+        return [*argv[: at - 1], "--jsonl=-", *argv[at + 1 :]]
     given = [word for word in argv if word != "-"]
     return [*given, "--", "-"] if len(given) == len(argv) - 1 and "--" not in argv else argv
 
@@ -69,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         notice("interrupted")
         return INTERRUPTED
+    except SystemExit as error:  # what rich, which prints help, makes of a broken pipe
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return UNREAD
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return UNREAD

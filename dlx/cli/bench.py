@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as encoding
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +17,8 @@ from dlx.errors import ConfigError
 if TYPE_CHECKING:
     from dlx.bench.scene import How, Scene
 
-HOW = ("graphs", "device", "dtype", "forwards", "unroll", "quantization")  # settings that a measurement takes
+# settings that a measurement takes
+HOW = ("graphs", "device", "dtype", "forwards", "unroll", "quantization", "kv_cache_dtype")
 MEASURED = flags(ENGINE, only=HOW)
 
 bench = App(name="bench", help="Measure speed with a model's shape and random weights; `dlx eval` measures quality.")
@@ -57,7 +58,7 @@ class Report:
     json: Annotated[bool, Parameter(help="Print the record as one JSON object.")] = False
     out: Annotated[Path | None, Parameter(help="Write the record to this file, too.")] = None
 
-    def tell(self, record: Mapping[str, Any], in_words: Callable[[Mapping[str, Any]], str]) -> None:
+    def tell(self, record: dict[str, Any], in_words: Callable[[dict[str, Any]], str]) -> None:
         from dlx.bench.arguments import write
 
         print(encoding.dumps(record, default=str) if self.json else in_words(record))
@@ -76,7 +77,7 @@ def how(engine: Given, call: Call) -> How:
     return How(**{name: getattr(found, name) for name in HOW})
 
 
-def sentence(record: Mapping[str, Any]) -> str:
+def sentence(record: dict[str, Any]) -> str:
     from dlx.bench.report import sentence
 
     return sentence(record)
@@ -151,6 +152,29 @@ def roofline(*, stage: Stage = STAGE, report: Report = REPORT, engine: Given = N
     from dlx.bench.report import lines
 
     report.tell(roofline(stage.scene(), chosen, command()), lambda record: "\n".join(lines(record)))
+
+
+@bench.command
+def serve(
+    url: Annotated[str, Parameter(help="Where the server is.")] = "http://127.0.0.1:8000",
+    /,
+    *,
+    clients: Annotated[Whole, Parameter(help="Clients that ask at once, each one question after the other.")] = 16,
+    seconds: Annotated[float, Parameter(help="How long they ask.")] = 30.0,
+    questions: Annotated[Whole, Parameter(help="Different questions, of the bundled tasks.")] = 32,
+    max_tokens: Annotated[Whole, Parameter(help="Tokens of an answer at most.")] = 48,
+    api_key: Annotated[str | None, Parameter(help="The server's key; else $DLX_API_KEY.")] = None,
+    report: Report = REPORT,
+    call: Call = PLAIN,
+) -> int:
+    """A running server under load: latency, requests a second, lost answers and such as differ from those alone."""
+    set_logging(call.debug)
+    key = asked(call).key if api_key is None else api_key
+    from dlx.bench import clients as load
+
+    record = load.serve(url.rstrip("/"), clients, seconds, questions, max_tokens, key)
+    report.tell(record | {"command": command()}, load.sentence)
+    return int(bool(record["failed"] or record["lost"]))
 
 
 @bench.command

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from dlx.cli.notices import set_logging
+
 
 def convert(
     model: Annotated[Path, Parameter(help="Folder of a checkpoint, or ORG/NAME at huggingface.co.")],
@@ -17,18 +19,22 @@ def convert(
     lora: Annotated[Path | None, Parameter(help="Adapter to merge: a folder in PEFT's layout, or ORG/NAME.")] = None,
     fp8: Annotated[bool, Parameter(help="Matmul weights in fp8 (e4m3), with a scale a row.")] = False,
     shard_gb: Annotated[float, Parameter(help="Size of a file at most, in GB.")] = 5.0,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print the folder in a JSON object.")] = False,
+    debug: Annotated[bool, Parameter(help="Log everything, and show tracebacks.")] = False,
 ) -> None:
     """Rewrite a checkpoint as dlx holds it: fused, with an adapter merged, or in fp8; prints the folder."""
     from dlx.errors import ConfigError
     from dlx.live import waiting
 
+    set_logging(debug)
     if not 0.001 <= shard_gb <= 1000:
         raise ConfigError(f"shard_gb={shard_gb:g} is not allowed; use 0.001 to 1000")
     with waiting("converting"):
         from dlx.convert import convert as write
         from dlx.weights import fetched
 
-        print(write(fetched(model), out, None if lora is None else fetched(lora), fp8, int(shard_gb * 1e9)))
+        folder = write(fetched(model), out, None if lora is None else fetched(lora), fp8, int(shard_gb * 1e9))
+    print(json.dumps({"folder": str(folder)}) if as_json else folder)
 
 
 def models(*, as_json: Annotated[bool, Parameter(name="--json", help="Print one JSON object a line.")] = False) -> None:

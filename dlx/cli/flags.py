@@ -14,6 +14,7 @@ from cyclopts import Group, Parameter, Token
 from dlx.environment import environment
 from dlx.errors import ConfigError
 from dlx.request import SamplingParams
+from dlx.serve.options import Options
 from dlx.settings import Settings
 from dlx.sources import Knob, Section, Values, build, check_variables, document, merged, with_sources
 
@@ -33,7 +34,10 @@ Whole = Annotated[int, Parameter(converter=integer)]
 
 ENGINE = Section("engine", Settings, Settings.check)
 SAMPLING = Section("sampling", SamplingParams, SamplingParams.check)
-SECTIONS = (ENGINE, SAMPLING)  # of a file and of the environment; keys outside of any are the first one's
+SERVE = Section("serve", Options, Options.check)
+SECTIONS = (ENGINE, SAMPLING, SERVE)  # of a file and of the environment; keys outside of any are the first one's
+
+LAST = {"engine": 2, "sampling": 3}  # of the panels of --help
 
 
 @dataclass(frozen=True)
@@ -85,24 +89,37 @@ class Asked(NamedTuple):
 
     engine: Settings
     sampling: SamplingParams
+    server: Options
     values: dict[str, Values]
+
+    @property
+    def key(self) -> str | None:
+        """The key of a server, as a client sends it."""
+        return None if self.server.api_key is None else self.server.api_key.get_secret_value()
 
     def told(self, call: Callable[[], T]) -> T:
         """What a call returns; an error about a setting begins with where that setting stands."""
-        return with_sources(call, self.values[ENGINE.name])
+        return with_sources(call, {n: v for name in ("serve", "engine") for n, v in self.values[name].items()})
 
 
-def asked(call: Call, engine: Given = NONE, sampling: Given = NONE, weak: Mapping[str, Any] | None = None) -> Asked:
+def asked(
+    call: Call, engine: Given = NONE, sampling: Given = NONE, weak: Mapping[str, Any] | None = None,
+    server: Given = NONE,
+) -> Asked:  # fmt: skip
     """Flags, variables and the file, put together and checked; `weak` are a command's own defaults of the engine.
 
     Raises ConfigError or RequestError
     """
     check_variables(SECTIONS)
     file = document(call.config or environment().config, SECTIONS)
-    of_engine = merged(ENGINE, engine.values(), file[ENGINE.name], weak)
-    of_sampling = merged(SAMPLING, sampling.values(), file[SAMPLING.name])
-    values = {ENGINE.name: of_engine, SAMPLING.name: of_sampling}
-    return Asked(build(ENGINE, of_engine), build(SAMPLING, of_sampling), values)
+    values = {
+        "engine": merged(ENGINE, engine.values(), file["engine"], weak),
+        "sampling": merged(SAMPLING, sampling.values(), file["sampling"]),
+        "serve": merged(SERVE, server.values(), file["serve"]),
+    }
+    return Asked(
+        build(ENGINE, values["engine"]), build(SAMPLING, values["sampling"]), build(SERVE, values["serve"]), values
+    )
 
 
 def chosen(engine: Given, model: Path | None, **more: Any) -> Given:
@@ -117,9 +134,8 @@ def taking(**sections: type[Given]) -> Callable[[F], F]:
     """Give the parameters of a command, which are declared as `Given`, the flags that cyclopts is to read."""
 
     def change(command: F) -> F:
-        for name, made in sections.items():
-            command.__annotations__[name] = Annotated[made, Parameter(name="*")]
-            command.__kwdefaults__[name] = made()
+        command.__annotations__ |= {name: Annotated[made, Parameter(name="*")] for name, made in sections.items()}
+        command.__kwdefaults__ = (command.__kwdefaults__ or {}) | {name: made() for name, made in sections.items()}
         return command
 
     return change
@@ -128,7 +144,7 @@ def taking(**sections: type[Given]) -> Callable[[F], F]:
 @cache
 def flags(section: Section, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> type[Given]:
     """A class with a field a setting: None where it is not given."""
-    group = Group(f"{section.name.capitalize()} settings", sort_key=section.name)
+    group = Group(f"{section.name.capitalize()} settings", sort_key=LAST.get(section.name, 1))
     chosen = [k for k in section.knobs.values() if (not only or k.name in only) and k.name not in without]
     mappings = frozenset(k.name for k in chosen if get_origin(plain(k.kind)) is dict)
     return make_dataclass(
@@ -144,9 +160,8 @@ def annotated(knob: Knob, group: Group) -> Any:
     negative = f"--no-{knob.flag[2:]}" if kind is bool else ()
     if get_origin(kind) is dict:
         kind = list[Annotated[str, Parameter(metavar="NAME=VALUE")]]
-    shown = "" if knob.default in (None, (), {}) else str(knob.default)
-    text = knob.description[:1].upper() + knob.description[1:].rstrip(".") + "."
-    how = Parameter(name=knob.flag, help=text, group=group, negative=negative, show_default=shown or False)
+    shown = "" if knob.default in (None, (), {}, "") else str(knob.default)
+    how = Parameter(name=knob.flag, help=knob.sentence, group=group, negative=negative, show_default=shown or False)
     return Annotated[(Whole if kind is int else kind) | None, how]
 
 

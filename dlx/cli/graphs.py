@@ -23,11 +23,12 @@ def pack(
     rows: Annotated[list[Whole] | None, Parameter(help="Buckets of the step; else all.")] = None,
     tokens: Annotated[list[Whole] | None, Parameter(help="Buckets of the prefill; else all.")] = None,
     shape_only: Annotated[bool, Parameter(help="The same as --load-format dummy.")] = False,
+    json: Annotated[bool, Parameter(help="Print the folder in a JSON object.")] = False,
     engine: Given = NONE,
     call: Call = PLAIN,
 ) -> None:
     """Compile a model's graphs once, and keep them in a folder for a fast start; prints the folder."""
-    from dlx.live import waiting
+    from dlx.live import dumps, waiting
 
     set_logging(call.debug)
     found = asked(call, chosen(engine, model, load_format="dummy" if shape_only else None))
@@ -40,7 +41,8 @@ def pack(
         config = found.told(lambda: Config.from_args(**found.engine.given()))
         if found.engine.graphs is None and config.graphs == "off":
             config = config.model_copy(update={"graphs": "compile"})
-        print(make(config, out, rows or (), tokens or (), command()))
+        folder = make(config, out, rows or (), tokens or (), command())
+    print(dumps({"folder": folder}) if json else folder)
 
 
 @taking(engine=flags(ENGINE), sampling=flags(SAMPLING))

@@ -68,6 +68,7 @@ def check(
     file: Annotated[Path | None, Parameter(help="The same as --config.")] = None,
     /,
     *,
+    json: Json = False,
     engine: Given = NONE,
     call: Call = PLAIN,
 ) -> None:
@@ -80,11 +81,11 @@ def check(
 
     made = found.told(lambda: Config.from_args(**found.engine.given()).local())
     card = Card.from_hf(*read_config(made.model))
-    policy = found.told(lambda: bind(made.policy, card, made.block_length))
-    sizes = found.told(lambda: geometry(made, card, policy.L))
-    print(
-        f"fine: {card.family} on {made.device}, blocks of {policy.L}, pages of {sizes.S}, {sizes.max_len} tokens a row"
-    )
+    length = found.told(lambda: bind(made.policy, card, made.block_length)).L or card.blocks[0]
+    sizes = found.told(lambda: geometry(made, card, length))
+    said = {"family": card.family, "device": made.device, "block": length, "page": sizes.S, "row": sizes.max_len}
+    text = f"fine: {card.family} on {made.device}, blocks of {length}, pages of {sizes.S}, {sizes.max_len} tokens a row"
+    print(encoding.dumps(said) if json else text)
 
 
 @config.command

@@ -249,5 +249,5 @@ def named(policy: str | Policy) -> Policy:
     if isinstance(policy, Policy):
         return policy
     if not isinstance(policy, str) or policy not in POLICIES:
-        raise PolicyError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or pass a Policy")
+        raise PolicyError(f"policy={policy!r} is unknown; use one of {', '.join(POLICIES)}, or pass a Policy")
     return POLICIES[policy]

@@ -36,12 +36,15 @@ class Gone(Exception):
 
 
 class Admission:
-    """An ASGI application around another: a request that may not pass is answered here, in OpenAI's envelope."""
+    """An ASGI application around another: a request that may not pass is answered here, in OpenAI's envelope.
+
+    inside  requests in progress
+    """
 
     def __init__(self, app: ASGIApp, engine: AsyncEngine, options: Options, metrics: Metrics) -> None:
         self._app, self._engine, self._options, self._metrics = app, engine, options, metrics
         self._key = None if options.api_key is None else _digest(options.api_key.get_secret_value().encode())
-        self._inside = 0
+        self.inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,11 +78,11 @@ class Admission:
         """Every path asks for the key, those that are not there too; a browser sends it as a password."""
         if self._key is None or scope["path"] in PUBLIC:
             return
-        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if kind.lower() == "basic":
+        kind, _, given = Headers(scope=scope).get("authorization", "").encode("latin-1").partition(b" ")
+        if kind.lower() == b"basic":
             given = _password(given)
-        right = hmac.compare_digest(_digest(given.strip().encode(errors="replace")), self._key)
-        if not right or kind.lower() not in ("bearer", "basic"):
+        right = hmac.compare_digest(_digest(given.strip()), self._key)
+        if not right or kind.lower() not in (b"bearer", b"basic"):
             raise Fault(401, "invalid_api_key", "a key is needed: send the header 'Authorization: Bearer KEY'")
 
     @contextmanager
@@ -91,15 +94,15 @@ class Admission:
         status = self._engine.health().status
         if status != "ready":
             raise Fault(503, status, f"the server is {status}; come again", retry_after_s=RETRY_S)
-        if self._inside >= self._options.max_concurrency:
-            raise Fault(503, "too_many_requests", f"{self._inside} requests are in progress", retry_after_s=1.0)
-        self._inside += 1
-        self._metrics.http.set(self._inside)
+        if self.inside >= self._options.max_concurrency:
+            raise Fault(503, "too_many_requests", f"{self.inside} requests are in progress", retry_after_s=1.0)
+        self.inside += 1
+        self._metrics.http.set(self.inside)
         try:
             yield
         finally:
-            self._inside -= 1
-            self._metrics.http.set(self._inside)
+            self.inside -= 1
+            self._metrics.http.set(self.inside)
 
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """The body in one piece, never more of it than is allowed. Raises Fault 413, 415 or 408."""
@@ -140,11 +143,12 @@ def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()
 
 
-def _password(given: str) -> str:
+def _password(given: bytes) -> bytes:
+    """Of `name:password` in base64."""
     try:
-        return base64.b64decode(given, validate=True).decode(errors="replace").partition(":")[2]
+        return base64.b64decode(given, validate=True).partition(b":")[2]
     except (binascii.Error, ValueError):
-        return ""
+        return b""
 
 
 def _id(scope: Scope) -> str:

@@ -13,14 +13,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 import dlx
 from dlx.config import TINY
 from dlx.errors import RequestError
 from dlx.serve.admission import RETRY_S, Admission
-from dlx.serve.asks import Desk, name_of, to_fault
+from dlx.serve.asks import Desk, name_of
 from dlx.serve.calls import Choices
+from dlx.serve.denoise import Denoise
 from dlx.serve.faults import Fault, fault_of
 from dlx.serve.metrics import Metrics
 from dlx.serve.openapi import described
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-ENCODERS: Mapping[str, type[Committed]] = {"committed": Committed}  # by stream_mode
 
 
 def named(config: Config, options: Options) -> dict[str, str | None]:
@@ -46,7 +46,7 @@ def named(config: Config, options: Options) -> dict[str, str | None]:
     return {**dict.fromkeys(own), **{name: name for name in config.adapters}}
 
 
-def application(engine: AsyncEngine, names: Mapping[str, str | None], options: Options) -> ASGIApp:
+def application(engine: AsyncEngine, names: Mapping[str, str | None], options: Options) -> Admission:
     """The whole server as an ASGI application over a started, or starting, engine."""
     metrics, desk, began_s = Metrics(engine), Desk(engine, options), int(time.time())
 
@@ -70,6 +70,15 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
             raise Fault(404, "model_not_found", text, "model")
         return name, names[name]
 
+    def encoder_of(body: Chat | Completion, head: Head, choices: int) -> Encoder:
+        apart = body.stream_options is not None and body.stream_options.include_usage
+        if body.stream_mode == "committed":
+            return Committed(head, apart)
+        if choices > 1:
+            text = f"stream_mode='denoise' tells of one choice, not of {choices}"
+            raise Fault(400, "invalid_value", text, "stream_mode")
+        return Denoise(head, apart, engine.tokenizer, engine.card.mask_id)
+
     async def complete(request: Request, kind: Kind) -> Response:
         asked = Chat if kind == "chat.completion" else Completion
         body, unknown = parsed(asked, await request.body(), options.strict_requests)
@@ -77,12 +86,14 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         call = await desk.call(body, adapter)
         head, told = Head.new(kind, name), warning(unknown)
         if not body.stream:
+            if body.stream_mode != "committed":
+                text = f"stream_mode={body.stream_mode!r} needs stream=true"
+                raise Fault(400, "invalid_value", text, "stream_mode")
             choices = Choices(engine, call, False, metrics)
             return JSONResponse(whole(head, await choices.answers(request.receive), choices.prompts), headers=told)
-        apart = body.stream_options is not None and body.stream_options.include_usage
-        encoder: Encoder = ENCODERS[body.stream_mode](head, apart)
+        encoder = encoder_of(body, head, len(call.choices))
         choices = Choices(engine, call, encoder.watch, metrics)
-        return EventStream(choices.events(encoder), options.ping_s, told)
+        return EventStream(choices.events(encoder), choices.leave, options.ping_s, told)
 
     @app.post("/v1/chat/completions", openapi_extra=_body("Chat"))
     async def chat(request: Request) -> Response:
@@ -110,7 +121,7 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         """The text of ids, special tokens left out."""
         body, unknown = parsed(Detokenize, await request.body(), options.strict_requests)
         served(body.model)
-        return JSONResponse({"prompt": engine.tokenizer.decode(body.tokens)}, headers=warning(unknown))
+        return JSONResponse({"prompt": await desk.decoded(body.tokens)}, headers=warning(unknown))
 
     def entry(name: str) -> dict[str, object]:
         facts: dict[str, object] = {"version": dlx.__version__}
@@ -151,7 +162,8 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         if not PAGE.is_file():
             raise HTTPException(404)
         headers = {
-            "content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'",
+            "content-security-policy": PAGE_POLICY,
+            "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
         }
         return HTMLResponse(PAGE.read_bytes(), headers=headers)
@@ -181,6 +193,6 @@ async def _unrouted(_: Request, error: Exception) -> Response:
 
 
 async def _refused(metrics: Metrics, _: Request, error: Exception) -> Response:
-    fault = to_fault(error) if isinstance(error, RequestError) else fault_of(error)
+    fault = fault_of(error)
     metrics.ended("rejected" if fault.status < 500 else "failed", fault.code)
     return fault.response()

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dlx.errors import RequestError
 from dlx.graphs.policies import POLICIES
 from dlx.request import COLDEST, SamplingParams
 from dlx.serve.faults import Fault
@@ -19,8 +18,11 @@ from dlx.serve.protocol import Chat, Completion, Message, Own, Sampling
 if TYPE_CHECKING:
     from dlx.async_engine import AsyncEngine
 
-INLINE_CHARS = 4096  # texts up to this are encoded on the event loop: about a millisecond
+INLINE = 4096  # characters that are encoded, and ids that are decoded, on the event loop: about a millisecond
 NUMBERS = ("threshold", "open_at", "force_at", "edit", "remask", "stability", "max_nfe", "max_repetition_run")
+
+
+T = TypeVar("T")
 
 
 class Call(NamedTuple):
@@ -49,7 +51,7 @@ class Desk:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def call(self, body: Chat | Completion, adapter: str | None) -> Call:
-        """The call that a body asks for. Raises Fault, or RequestError, for what cannot be done."""
+        """The call that a body asks for. Raises Fault or RequestError for what cannot be done."""
         n, options = body.n or 1, self._options
         if n > options.max_n:
             raise Fault(400, "invalid_value", f"n={n} is not allowed; at most {options.max_n} choices are", "n")
@@ -59,6 +61,11 @@ class Desk:
         if params.seed is not None and params.seed + n > 2**63:
             raise Fault(400, "invalid_value", f"seed={params.seed} with n={n} passes 2^63 - 1", "seed")
         prompts = [await self.chat(body.messages)] if isinstance(body, Chat) else await self._prompts(body.prompt)
+        if n * len(prompts) > options.max_queued:
+            text = (
+                f"{n * len(prompts)} choices can never be taken at once: at most {options.max_queued} requests may wait"
+            )
+            raise Fault(400, "invalid_value", text, "n")
         asked = body.max_tokens if body.max_tokens is not None else getattr(body, "max_completion_tokens", None)
         fitted = [replace(params, max_tokens=self._room(len(ids), asked)) for ids in prompts]
         each = [p if p.seed is None else replace(p, seed=p.seed + i) for p in fitted for i in range(n)]
@@ -68,30 +75,29 @@ class Desk:
         """Ids of a conversation, in the model's own template."""
         plain = [message.plain() for message in messages]
         chars = sum(len(message["content"]) for message in plain)
-        return await self._encoded(chars, partial(self._engine.tokenizer.chat, plain, most=self._engine.max_len))
+        return await self._elsewhere(chars, partial(self._engine.tokenizer.chat, plain, most=self._engine.max_len))
 
-    async def text(self, text: str) -> list[int]:
-        """Ids of a text."""
-        return await self._encoded(len(text), partial(self._engine.tokenizer.encode, text, most=self._engine.max_len))
+    async def text(self, text: str, beside: int = 0) -> list[int]:
+        """Ids of a text; `beside` are the characters of others that are encoded for the same request."""
+        work = partial(self._engine.tokenizer.encode, text, most=self._engine.max_len)
+        return await self._elsewhere(len(text) + beside, work)
 
-    async def _encoded(self, chars: int, work: Callable[[], list[int]]) -> list[int]:
-        if chars <= INLINE_CHARS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def decoded(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return await self._elsewhere(len(self._given(ids)), partial(self._engine.tokenizer.decode, ids))
+
+    async def _elsewhere(self, size: int, work: Callable[[], T]) -> T:
+        """Do small work here and now, other work in a thread."""
+        return work() if size <= INLINE else await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _prompts(self, prompt: Any) -> list[list[int]]:  # Any: one of four shapes, which protocol.py checked
-        if isinstance(prompt, str):
-            return [await self.text(prompt)]
-        if isinstance(prompt[0], int):
-            return [self._given(prompt)]
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            prompt = [prompt]
         if len(prompt) > self._options.max_prompts:
-            raise Fault(
-                400,
-                "invalid_value",
-                f"{len(prompt)} prompts; at most {self._options.max_prompts} are allowed",
-                "prompt",
-            )
-        return [await self.text(one) if isinstance(one, str) else self._given(one) for one in prompt]
+            text = f"{len(prompt)} prompts; at most {self._options.max_prompts} are allowed"
+            raise Fault(400, "invalid_value", text, "prompt")
+        chars = sum(len(one) for one in prompt if isinstance(one, str))
+        return [await self.text(one, chars) if isinstance(one, str) else self._given(one) for one in prompt]
 
     def _given(self, ids: list[int]) -> list[int]:
         if len(ids) > self._engine.max_len:
@@ -123,7 +129,7 @@ class Desk:
 
 def name_of(policy: Any) -> str:  # Any: a Policy, bound
     """The name of a policy in the table of policies, however it was bound to a model; else "custom"."""
-    told = [field.name for field in fields(policy) if field.compare and field.name not in ("L", "full")]
+    told = [field.name for field in fields(policy) if field.compare and field.name not in ("L", "full", "watch")]
     alike = [name for name, one in POLICIES.items() if all(getattr(one, f) == getattr(policy, f) for f in told)]
     return alike[0] if alike else "custom"
 
@@ -150,9 +156,3 @@ def params_of(body: Sampling) -> SamplingParams:
     )
     params.check()
     return params
-
-
-def to_fault(error: RequestError) -> Fault:
-    """A refusal of the engine's, with OpenAI's code where it has one."""
-    long = "max_model_len" in str(error) or "tokens; at most" in str(error) or "characters has more" in str(error)
-    return Fault(400, "context_length_exceeded" if long else "invalid_value", str(error))

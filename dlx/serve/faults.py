@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from dlx.errors import BusyError, CapacityError, ConfigError, DlxError, EngineError, PolicyError, RequestError
+from dlx.errors import BusyError, CapacityError, DlxError, EngineError, RequestError
 
 MESSAGE_CHARS = 2000
+# in what the engine says of a prompt that is too long, for which OpenAI has a code of its own
+TOO_LONG = ("max_model_len=", "tokens; at most", "characters has more than")
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -61,8 +63,9 @@ def fault_of(error: Exception) -> Fault:
         return error
     if isinstance(error, BusyError):
         return Fault(429, "queue_full", str(error), retry_after_s=error.retry_after_s)
-    if isinstance(error, RequestError | ConfigError | PolicyError):
-        return Fault(400, "invalid_value", str(error))
+    if isinstance(error, RequestError):
+        long = any(sign in str(error) for sign in TOO_LONG)
+        return Fault(400, "context_length_exceeded" if long else "invalid_value", str(error))
     if isinstance(error, EngineError | CapacityError):
         return Fault(500, "engine_error", str(error))
     return Fault(

@@ -80,7 +80,7 @@ class Own(BaseModel):
     fixed: Annotated[list[tuple[Id, Id]], Field(fail_fast=True, max_length=65536)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
-    timeout_s: Annotated[float, Field(gt=0)] | None = None
+    timeout_s: Annotated[float, Field(ge=1)] | None = None
     policy: str | None = Field(default=None, description="Must be the server's: one policy is compiled.")
     block_length: int | None = Field(default=None, description="Must be the server's.")
 
@@ -203,7 +203,8 @@ def parsed(kind: type[B], raw: bytes, strict: bool) -> tuple[B, list[str]]:
     unknown = [name for name in extra if name not in REFUSED and name not in SILENT]
     if unknown and strict:
         raise Fault(400, "unknown_parameter", f"{_shown(unknown)}: not known to this server; leave it out")
-    for at, message in enumerate(getattr(body, "messages", None) or ()):
+    messages = body.messages if isinstance(body, Chat | Tokenize) else None
+    for at, message in enumerate(messages or ()):
         asked = [name for name, value in (message.model_extra or {}).items() if value and name != "name"]
         if asked:
             raise Fault(400, "unsupported_parameter", f"messages[{at}] has {_shown(asked)}; only text is", "messages")
@@ -217,7 +218,7 @@ def warning(unknown: list[str]) -> dict[str, str]:
 
 def _shown(names: list[str]) -> str:
     """Names of fields, fit for a header, whatever they are."""
-    plain = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in names[:WARNED]]
+    plain = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) or "?" for name in names[:WARNED]]
     return ", ".join(plain) + (f" and {len(names) - WARNED} more" if len(names) > WARNED else "")
 
 

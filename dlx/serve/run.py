@@ -25,6 +25,7 @@ CLOSE_S = 5.0  # that the engine's thread may take to end, and that answers may 
 LOOK_S = 0.2
 CONNECTIONS = 4  # times max_concurrency; beyond, connections are refused unread
 HEADER_BYTES = 64 << 10
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Uvicorn(uvicorn.Server):
@@ -46,9 +47,10 @@ class Front:
         self.hung = False  # the engine's thread did not end
         self._engine, self._options = engine, options
         self._ends: asyncio.Queue[float] = asyncio.Queue()  # seconds to drain for
+        self._app = application(engine, names, options)
         self._server = Uvicorn(
             uvicorn.Config(
-                application(engine, names, options),
+                self._app,
                 http=protocol(options),
                 ws="none",
                 log_config=None,
@@ -57,11 +59,18 @@ class Front:
                 limit_concurrency=CONNECTIONS * options.max_concurrency,
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 timeout_graceful_shutdown=int(CLOSE_S),
+                backlog=BACKLOG,
             )
         )
 
+    @property
+    def places(self) -> int:
+        """Requests in progress."""
+        return self._app.inside
+
     async def run(self, sock: socket.socket, told: Callable[[str], object] = log.info) -> int:
         """Serve until drained or stopped; the exit code. Raises what loading the model raised."""
+        sock.listen(BACKLOG)
         host, port = sock.getsockname()[:2]
         told(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}; the model is being loaded")
         serving = asyncio.create_task(self._server.serve([sock]))
@@ -148,7 +157,6 @@ def serve(config: Config, options: Options, told: Callable[[str], object] = log.
     limits = Limits(
         options.max_queued, options.max_queued_tokens, options.timeout_s, options.queue_timeout_s, options.watchdog_s
     )
-    front = Front(AsyncEngine(config, limits), named(config, options), options)
 
     async def run() -> int:
         loop = asyncio.get_running_loop()
@@ -157,6 +165,7 @@ def serve(config: Config, options: Options, told: Callable[[str], object] = log.
         return await front.run(sock, told)
 
     with sock:
+        front = Front(AsyncEngine(config.local(), limits), named(config, options), options)
         code = asyncio.run(run())
     if front.hung:  # its thread cannot be ended: no clean-up can be waited for
         logging.shutdown()

@@ -13,6 +13,7 @@ from dlx import errors
 PUBLIC = {
     "LLM",
     "AsyncEngine",
+    "DecodeSession",
     "BusyError",
     "SamplingParams",
     "Output",

@@ -44,9 +44,9 @@ def test_the_device_does_not_know_the_host() -> None:
 
 
 def test_every_folder_of_code_is_a_known_room() -> None:
-    # host: what is measured, the shop front, the bundled model's tasks, checkpoints
+    # host: what is measured, evaluation through lm-eval, the shop front, the bundled model's tasks, checkpoints
     folders = {path.parent.name for path in (ROOT / "dlx").glob("*/*.py")}
-    assert folders - {"bench", "serve", "tasks", "weights"} == set(ROOMS)
+    assert folders - {"bench", "cli", "harness", "serve", "tasks", "weights"} == set(ROOMS)
 
 
 def test_the_package_imports_no_tool_and_no_test() -> None:

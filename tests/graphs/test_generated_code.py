@@ -37,11 +37,13 @@ def generated(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> str:
     return codes[0][codes[0].index("def call(") :]
 
 
-@pytest.mark.parametrize("policy", ["single_bd", "multi_bd"])
+@pytest.mark.parametrize(("policy", "kind"), [("single_bd", None), ("multi_bd", None), ("multi_bd", "fp8")])
 def test_a_layer_is_six_kernels_and_the_cache_is_never_copied(
-    nano: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+    nano: Path, policy: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config.from_args(nano, policy, "compile", device="cpu", max_num_seqs=1, max_model_len=2048)
+    config = Config.from_args(
+        nano, policy, "compile", device="cpu", max_num_seqs=1, max_model_len=2048, kv_cache_dtype=kind
+    )
     worker = Worker(config)
     code = generated(worker, monkeypatch)
     calls = re.findall(r"torch\.ops\.dlx\.(\w+)\.default\(|(cpp_fused)\w+\(", code)

@@ -76,7 +76,7 @@ def test_a_policy_is_named_or_given(name: str) -> None:
 def test_an_unknown_policy_is_named_with_those_there_are(policy: object) -> None:
     with pytest.raises(PolicyError) as caught:
         config(policy=policy)
-    assert f"policy {policy!r} is unknown" in str(caught.value)
+    assert f"policy={policy!r} is unknown" in str(caught.value)
     assert ", ".join(POLICIES) in str(caught.value)
 
 

@@ -13,6 +13,7 @@ import torch
 from dlx import LLM, Chunk, EngineError, SamplingParams
 from dlx.engine import FAILURES, Engine
 from dlx.request import Finish
+from tests.loops import read_late
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True, threshold=0.9)
 PROMPTS = [[72 + n] * (9 + 7 * n) for n in range(4)]
@@ -86,13 +87,14 @@ def finished(engine: Engine, chunks: list[Chunk] | None = None) -> dict[int, Chu
     return last
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_was_in_the_step_fails_and_what_waits_goes_on(
-    llm: LLM, alone: list[list[int]], fault: Fault, place: str, lag: int, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, alone: list[list[int]], fault: Fault, place: str, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llm.engine
-    monkeypatch.setattr(engine, "lag", lag)
+    if late:
+        read_late(engine, monkeypatch)
     ids = engine.add_all([(prompt, LONG) for prompt in PROMPTS])
     chunks = engine.step()
     fault(PLACES[place](engine), ValueError("boom\nof two lines"))
@@ -117,7 +119,7 @@ def test_what_a_launch_before_has_finished_does_not_fail(
     llm: LLM, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llm.engine
-    monkeypatch.setattr(engine, "lag", 1)
+    read_late(engine, monkeypatch)
     short, long = engine.add_all([(PROMPTS[0], replace(LONG, max_nfe=1)), (PROMPTS[1], LONG)])
     assert engine.step() == []  # the launch that finishes the first is not read
     fault((engine.worker, "launch"), ValueError("boom"))
@@ -142,7 +144,7 @@ def test_the_answer_so_far_is_in_the_last_chunk(llm: LLM, alone: list[list[int]]
 def test_a_text_that_cannot_be_told_fails_its_request_alone(llm: LLM, alone: list[list[int]], fault: Fault) -> None:
     engine = llm.engine
     first, second = engine.add_all([(prompt, LONG) for prompt in PROMPTS[:2]])
-    fault((engine._open[first].answer, "add"), OverflowError("out of range"))
+    fault((engine._answers._open[first][1], "add"), OverflowError("out of range"))
     last = finished(engine)
     assert (last[first].finish, last[first].error) == (Finish.ERROR, "OverflowError: out of range")
     output = last[second].output

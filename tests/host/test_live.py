@@ -49,8 +49,8 @@ def decode(ids: list[int]) -> str:
 
 def chunks(*texts: str, tokens: int = 2, window: list[int] | None = None) -> Iterator[Chunk]:
     """A stream that commits these texts, one a forward."""
-    for text in texts[:-1]:
-        yield Chunk(0, text, [5] * tokens, None, window or [], None)
+    for nfe, text in enumerate(texts[:-1], 1):
+        yield Chunk(0, text, [5] * tokens, None, window or [], None, nfe=nfe)
     whole, n = "".join(texts), tokens * len(texts)
     output = Output(0, [9], whole, [5] * n, Finish.STOP, n + 1, len(texts), 1, Timings(0.0, 0.1, 0.25))
     yield Chunk(0, texts[-1], [5] * tokens, Finish.STOP, [], output)
@@ -66,6 +66,20 @@ def test_committed_text_is_steady_and_the_window_dim() -> None:
     out = console()
     dim = {s.text: bool(s.style and s.style.dim) for line in out.render_lines(frame, pad=False) for s in line}
     assert (dim["steady"], dim[MASK], dim["new"]) == (False, True, True)
+
+
+def test_sure_masks_are_darker_and_unsure_tokens_coloured() -> None:
+    frame = live.render(View("", (None, None, None, "weak", "sure"), 1, 1, 0.0, (0.0, 0.5, 1.0, 0.3, 0.95)))
+    out = console()
+    shown = {s.text: str(s.style) for line in out.render_lines(frame, pad=False) for s in line}
+    assert [t for t in shown if t in ("░▒▓", *"░▒▓")] in (["░▒▓"], [*"░▒▓"])
+    assert ("yellow" in shown["weak"], "yellow" in shown["sure"]) == (True, False)
+
+
+def test_how_sure_a_piece_is_follows_the_pieces() -> None:
+    window, confidence = [*b"ab", MASK_ID, MASK_ID, *b"c"], [0.4, 0.8, 0.1, 0.2, 0.9]
+    assert list(live.sureness(window, confidence, MASK_ID)) == pytest.approx([0.6, 0.1, 0.2, 0.9])
+    assert list(live.sureness(window, [], MASK_ID)) == []
 
 
 def test_no_color_keeps_the_window_dim_and_drops_the_colour() -> None:

@@ -92,7 +92,7 @@ def test_parameters_are_values_that_do_not_change() -> None:
 
 
 def test_a_finish_is_its_word() -> None:
-    assert list(Finish) == ["stop", "length", "max_nfe", "repetition", "error", "abort"]
+    assert list(Finish) == ["stop", "length", "max_nfe", "repetition", "error", "abort", "timeout"]
 
 
 @pytest.mark.parametrize(("tokens", "nfe", "expected"), [(12, 4, 3.0), (1, 2, 0.5), (0, 0, 0.0)])

@@ -1,4 +1,4 @@
-"""The README's table of ops is made from records, and says when it is stale."""
+"""The tables of the README and of the page of keys are made, and say when they are stale."""
 
 from __future__ import annotations
 
@@ -103,7 +103,20 @@ def test_only_what_stands_between_the_marks_is_written() -> None:
     assert readme.filled(text, "ops", "new\n") == f"before\n{begin}\nnew\n{end}\nafter\n"
 
 
-def test_the_readme_is_not_stale(capsys: pytest.CaptureFixture[str]) -> None:
+def test_strategies_that_suit_the_same_families_have_a_column_and_what_was_timed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "nvidia-h100-80gb-hbm3").mkdir()
+    timed = {"scene": {"shape": "llada-8b"}, "ms_per_forward": {"p50": 6.5}}
+    (tmp_path / "nvidia-h100-80gb-hbm3" / "llada-8b--b32.json").write_text(json.dumps(timed))
+    lines = readme.models(tmp_path).splitlines()
+    assert lines[0].startswith("- **A** `single_bd`, `multi_bd`, ")
+    assert lines[2] == "- **C** `diffusion_gemma`"
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]] for line in lines[5:]}
+    assert cells["llada"][:7] == ["✓", "✓", "", "", "`fast_dllm_v1`", "random weights", "llada-8b"]
+    assert cells["sdar"][5:7] == ["trained (bundled) and random weights", "not yet"]
+    assert cells["diffusion_gemma"][:4] == ["", "", "✓", ""]
+
+
+def test_the_pages_are_not_stale(capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -111,11 +124,15 @@ def test_a_stale_readme_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    file = tmp_path / "README.md"
     begin, end = readme.MARKS
-    older = (f"{begin}\nsomething older\n{end}\n".format(name, name) for name in ("ops", "families"))
-    file.write_text("".join(older))
+    (tmp_path / "docs").mkdir()
+    older = f"{begin}\nsomething older\n{end}\n"
+    (tmp_path / "README.md").write_text("".join(older.format(name, name) for name in ("models", "families")))
+    pages = {"performance": "ops", "keys": "keys"}
+    for page, name in pages.items():
+        (tmp_path / "docs" / f"{page}.md").write_text(older.format(name, name))
     assert readme.main(["--check"]) == 1
-    assert "stale" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(f"{page} is stale" in said for page in ("README.md", "docs/performance.md", "docs/keys.md"))
     assert readme.main([]) == 0
     assert readme.main(["--check"]) == 0

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.fake import FakeEngine
+from tests.serve.fake import ANSWER, FakeEngine
 from tests.serve.served import Served
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def shared() -> Iterator[Served]:
-    """A server over a fake engine, for a whole file."""
+    """A server over a fake engine, for all of these tests."""
     with Served(FakeEngine()) as served:
         yield served
 
 
 @pytest.fixture
 def fake(shared: Served) -> Iterator[Served]:
-    """The server over a fake engine, which forgets what a test told it and is idle after each."""
+    """The server over a fake engine. After each test nothing runs in it, and it answers as before."""
     engine: FakeEngine = shared.engine
     engine.asked.clear()
     engine.prompts.clear()
@@ -28,6 +28,8 @@ def fake(shared: Served) -> Iterator[Served]:
     yield shared
     engine.held, engine.failing, engine.ends, engine.slots = False, None, None, 1000
     shared.until(lambda: not engine.open)
+    alive = shared.client.post("/v1/completions", json={"prompt": "Are you there?"})
+    assert (alive.status_code, alive.json()["choices"][0]["text"]) == (200, ANSWER)
 
 
 @pytest.fixture(scope="package")

@@ -62,6 +62,8 @@ class FakeEngine:
         params.check()
         if (params.top_k or params.top_p < 1) and not self.policy.filters:
             raise RequestError("top_k and top_p need a policy with filters=True")
+        if not prompt:
+            raise RequestError("the prompt is empty")
         if any(not 0 <= tok < self.card.vocab or tok == 3 for tok in prompt):
             raise RequestError(f"the prompt has an id that is the mask's or not from 0 to {self.card.vocab - 1}")
         if len(self.open) >= self.slots:
@@ -109,10 +111,10 @@ class FakeEngine:
     def _output(self, request: Request, text: str, ids: Sequence[int], end: Finish, stop: str | None) -> Output:
         tokens = len(ids) + (end is Finish.STOP and stop is None)
         times = Timings(0.001, 0.002, 0.003)
-        return Output(request.id, request.prompt, text, list(ids), end, tokens, -(-tokens // 2), 1, times, stop)
+        return Output(request.id, request.prompt, text, list(ids), end, tokens, -(-tokens // 2), 1, times, stop=stop)
 
     def abort(self, id: int) -> None:
-        if id in self.open:
+        if id in self.open and not self.open[id].done():
             self.aborted.append(id)
             self.open[id].cancel()
 

@@ -30,7 +30,7 @@ class Served:
         self.code: int | None = None
         self.error: BaseException | None = None
         self._up = threading.Event()
-        self._told: list[str] = []
+        self._listening = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
@@ -45,16 +45,18 @@ class Served:
             self.error = error
         finally:
             self._sock.close()
+            self._listening.set()
             self._up.set()
 
     def _hear(self, text: str) -> None:
-        self._told.append(text)
+        self._listening.set()
         if text == "ready":
             self._up.set()
 
     def begin(self) -> Served:
         """Start without waiting for the model."""
         self._thread.start()
+        self._listening.wait(10)
         return self
 
     def __enter__(self) -> Served:

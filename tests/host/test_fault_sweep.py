@@ -1,0 +1,112 @@
+"""A fault at any call of what makes a step, while prompts come in pieces, rows are preempted and pages are shared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlx import LLM, SamplingParams
+from dlx.engine import Engine
+from dlx.request import Finish
+from tests.loops import read_late
+
+pytestmark = pytest.mark.slow
+
+LONG = SamplingParams(max_tokens=90, ignore_eos=True, threshold=0.4)
+SHARED = random.Random(5).choices(range(36, 99), k=17)  # a page that prompts begin with
+PROMPTS = [SHARED, [72] * 3, SHARED + [80] * 5, [90] * 30]
+PLACES: dict[str, Callable[[Engine], tuple[object, str]]] = {
+    "plan": lambda engine: (engine.scheduler, "plan"),
+    "publish": lambda engine: (engine.scheduler.pool, "publish"),
+    "launch": lambda engine: (engine.worker, "launch"),
+    "leave": lambda engine: (engine.worker.rows, "leave"),
+    "enter": lambda engine: (engine.worker.rows, "enter"),
+    "replay": lambda engine: (engine.worker.graphs, "replay"),
+    "harvest": lambda engine: (engine.worker, "harvest"),
+    "take": lambda engine: (engine.scheduler, "take"),
+}
+
+
+@pytest.fixture(scope="module", params=["now", "late"])
+def llm(request: pytest.FixtureRequest, nano: Path) -> Iterator[LLM]:
+    """The nano model with three slots, pages for little more than one request, and prefills of 16 tokens."""
+    settings: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": 128, "max_num_batched_tokens": 16}
+    settings["num_pages"] = 12 if request.param == "late" else 11
+    with LLM(nano, graphs="off", device="cpu", **settings) as llm, pytest.MonkeyPatch.context() as patch:
+        if request.param == "late":
+            read_late(llm.engine, patch)
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def alone(nano: Path) -> list[list[int]]:
+    """What each prompt gets with room for all, and nothing kept of those before."""
+    with LLM(nano, graphs="off", device="cpu", prefix_caching=False) as llm:
+        return [llm.generate(prompt, LONG)[0].token_ids for prompt in PROMPTS]
+
+
+def at_call(n: int, real: Callable[..., Any], error: BaseException, after: bool) -> Callable[..., Any]:
+    """A method that raises at its call n, before it acts or after."""
+    calls = iter(range(10**6))
+
+    def faulty(*args: Any, **options: Any) -> Any:
+        now = next(calls) == n
+        if now and not after:
+            raise error
+        result = real(*args, **options)
+        if now:
+            raise error
+        return result
+
+    return faulty
+
+
+def outcome(engine: Engine, ids: list[int]) -> list[list[int] | Finish]:
+    """Step to the end, through interrupts: each request's ids, or how else it ended; each ends once."""
+    ends: dict[int, list[int] | Finish] = {}
+    for _ in range(500):
+        if engine.idle:
+            break
+        try:
+            chunks = engine.step()
+        except KeyboardInterrupt:
+            continue
+        for chunk in chunks:
+            if chunk.output is not None:
+                assert chunk.id not in ends
+                ended = chunk.output.finish_reason
+                ends[chunk.id] = chunk.output.token_ids if ended is Finish.LENGTH else ended
+    return [ends[id] for id in ids]
+
+
+def test_requests_are_preempted_and_pages_are_shared_while_faults_come(llm: LLM, alone: list[list[int]]) -> None:
+    """What the other tests rest on."""
+    scheduler = llm.engine.scheduler
+    before = scheduler.preemptions, scheduler.prefix_hits
+    assert outcome(llm.engine, llm.engine.add_all([(prompt, LONG) for prompt in PROMPTS])) == alone
+    assert scheduler.preemptions > before[0] and scheduler.prefix_hits > before[1]
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("place", PLACES)
+def test_each_request_ends_as_alone_or_as_failed_and_nothing_stays_behind(
+    llm: LLM, alone: list[list[int]], place: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llm.engine
+    target, name = PLACES[place](engine)
+    failed = 0
+    for n in (1, 4, 8):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, at_call(n, getattr(target, name), error, after=n == 4))
+            got = outcome(engine, engine.add_all([(prompt, LONG) for prompt in PROMPTS]))
+        failed += got.count(Finish.ERROR)
+        assert [ids for ids, expected in zip(got, alone) if ids not in (expected, Finish.ERROR)] == []
+        engine.scheduler.check_invariants()
+        assert engine.idle and engine.scheduler.pool.used == 0 and not engine.worker.rows._kept
+        assert bool(engine.worker.buf.done.all())
+    assert failed > 0 or isinstance(error, KeyboardInterrupt)
+    assert outcome(engine, engine.add_all([(prompt, LONG) for prompt in PROMPTS])) == alone
