@@ -171,7 +171,10 @@ class AsyncEngine:
         if thread is None:
             return
         thread.end()
-        await self._over.wait()
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), self.limits.watchdog_s / LOOKS)
+            self._look()  # what hangs is not waited for
         if not self._hangs:
             thread.thread.join()
         self._status, self._reason, self._engine, self._thread = "closed", self._reason, None, None
@@ -258,7 +261,7 @@ class AsyncEngine:
     def _look(self) -> None:
         """Is the turn that runs taking too long?"""
         began_s = self._thread.began_s if self._thread is not None else None
-        if began_s is None or self._status not in ("ready", "draining"):
+        if began_s is None or self._over.is_set():
             return
         took_s = time.monotonic() - began_s
         if took_s > self.limits.watchdog_s:
@@ -270,7 +273,7 @@ class AsyncEngine:
 
     def _end(self, error: BaseException | None) -> None:
         """The thread has ended."""
-        if error is not None and self._status in ("ready", "draining"):
+        if error is not None and not self._over.is_set() and self._engine is not None:
             self._break(str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
         self._over.set()
 
