@@ -127,8 +127,9 @@ class Worker:
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width
+        self._send = partial(_sent, self.device)
         self.sent = loop.allocate(B, self.policy.N * self.width, config.forwards, self.device, room)
-        self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._sent)
+        self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._send)
         self.epoch = self.prefills = 0  # launches sent, forwards of prompts
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
@@ -147,7 +148,7 @@ class Worker:
                 T = shapes.bucket(self.shapes.tokens, len(batch) * C)
                 key = self._prefill_graph(T)
                 packed = prefill.pack(batch, T // C, C, self.shapes.W)
-                prefill.fill_(self.prompts[T], self._sent(packed))
+                prefill.fill_(self.prompts[T], self._send(packed))
                 with span("prefill"):
                     self.graphs.replay(key)
                 self.prefills += 1
@@ -162,7 +163,7 @@ class Worker:
                 self.sent.epoch.fill_(self.epoch)
             with span("step"):
                 self.graphs.replay(key)
-            windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
+            windows = watch.packed(plan, self.buf, self.sent.step, self._send)
             self._flights.append(flight.sent(plan, self._outbox(rows), windows))
             for id in plan.resume.values():
                 self.rows.forget(id)
@@ -220,11 +221,6 @@ class Worker:
 
     def _outbox(self, rows: int) -> Tensor:
         return (self.sent.out if self.looped else self.sent.step)[:rows]
-
-    def _sent(self, packed: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return packed
-        return packed.pin_memory().to(self.device, non_blocking=True)
 
     def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""
@@ -286,3 +282,8 @@ class Worker:
         else:
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
         return step, partial(loop.running, view)
+
+
+def _sent(device: torch.device, packed: Tensor) -> Tensor:
+    """A copy on the device that is on its way; no method of the worker, which would hold itself by it."""
+    return packed if device.type == "cpu" else packed.pin_memory().to(device, non_blocking=True)

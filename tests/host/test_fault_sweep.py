@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dlx import LLM, SamplingParams
+from dlx import LLM, Chunk, SamplingParams
 from dlx.engine import Engine
 from dlx.request import Finish
 from tests.loops import read_late
@@ -65,22 +66,18 @@ def at_call(n: int, real: Callable[..., Any], error: BaseException, after: bool)
     return faulty
 
 
-def outcome(engine: Engine, ids: list[int]) -> list[list[int] | Finish]:
+def outcome(engine: Engine, ids: list[int], chunks: Iterable[Chunk] = ()) -> list[list[int] | Finish]:
     """Step to the end, through interrupts: each request's ids, or how else it ended; each ends once."""
-    ends: dict[int, list[int] | Finish] = {}
+    told = list(chunks)
     for _ in range(500):
         if engine.idle:
             break
-        try:
-            chunks = engine.step()
-        except KeyboardInterrupt:
-            continue
-        for chunk in chunks:
-            if chunk.output is not None:
-                assert chunk.id not in ends
-                ended = chunk.output.finish_reason
-                ends[chunk.id] = chunk.output.token_ids if ended is Finish.LENGTH else ended
-    return [ends[id] for id in ids]
+        with contextlib.suppress(KeyboardInterrupt):
+            told += engine.step()
+    last = {chunk.id: chunk.output for chunk in told if chunk.output is not None}
+    assert len(last) == len(ids) == sum(chunk.finish is not None for chunk in told)
+    ends = [last[id] for id in ids]
+    return [end.token_ids if end.finish_reason is Finish.LENGTH else end.finish_reason for end in ends]
 
 
 def test_requests_are_preempted_and_pages_are_shared_while_faults_come(llm: LLM, alone: list[list[int]]) -> None:
@@ -110,3 +107,17 @@ def test_each_request_ends_as_alone_or_as_failed_and_nothing_stays_behind(
         assert bool(engine.worker.buf.done.all())
     assert failed > 0 or isinstance(error, KeyboardInterrupt)
     assert outcome(engine, engine.add_all([(prompt, LONG) for prompt in PROMPTS])) == alone
+
+
+def test_an_abort_before_any_turn_changes_no_other(llm: LLM, alone: list[list[int]]) -> None:
+    engine, ended = llm.engine, set()
+    for turn in range(0, 24, 3):
+        ids = engine.add_all([(prompt, LONG) for prompt in PROMPTS])
+        chunks = [chunk for _ in range(turn) for chunk in engine.step()]
+        last = engine.abort(ids[turn % 4])
+        left = outcome(engine, ids, [*chunks, *([last] if last else [])])
+        ended.add(left[turn % 4] is Finish.ABORT)
+        assert [got for n, (got, expected) in enumerate(zip(left, alone)) if n != turn % 4 and got != expected] == []
+        engine.scheduler.check_invariants()
+        assert engine.scheduler.pool.used == 0 and bool(engine.worker.buf.done.all())
+    assert True in ended

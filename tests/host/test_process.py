@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dlx import LLM, AsyncEngine, EngineError, SamplingParams
+from dlx import LLM, AsyncEngine, DecodeSession, EngineError, SamplingParams
 from tests.loops import answered, configured
 
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -147,3 +149,37 @@ def test_a_clock_that_is_set_back_matters_to_nobody(nano_llm: LLM, nano: Path, m
     times = output.timings
     assert 0 <= times.admitted_s <= times.first_block_s <= times.total_s < 60
     assert served(nano, 0) == told(nano, 0)
+
+
+def told_and_held(nano: Path) -> weakref.ref[object]:
+    with LLM(nano, device="cpu", graphs="off") as llm:
+        llm.generate(PROMPTS[0], LONG)
+        return weakref.ref(llm.engine.worker)
+
+
+def stepped_and_held(nano: Path) -> weakref.ref[object]:
+    with DecodeSession(nano, device="cpu", graphs="off") as session:
+        session.open(PROMPTS[0], LONG)
+        session.step()
+        return weakref.ref(session.engine.worker)
+
+
+def served_and_held(nano: Path) -> weakref.ref[object]:
+    async def ask() -> weakref.ref[object]:
+        async with AsyncEngine(configured(nano)) as engine:
+            await answered(engine.submit(PROMPTS[0], LONG))
+            return weakref.ref(engine.engine.worker)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("use", [told_and_held, stepped_and_held, served_and_held])
+def test_what_is_closed_is_freed_at_once(nano: Path, use: Callable[[Path], weakref.ref[object]]) -> None:
+    """Without the collector of cycles, which may not come for a long time."""
+    use(nano)  # imports what is imported late: an error that is handled there holds frames
+    gc.collect()
+    gc.disable()
+    try:
+        assert use(nano)() is None
+    finally:
+        gc.enable()
