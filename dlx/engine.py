@@ -121,6 +121,7 @@ class Engine:
             return self._rest()
         if self.before_turn is not None:
             self.before_turn()
+        self._read(self.lag)  # pages are given for no more than is unread then: an interrupt may have left some
         plan = None
         try:
             with span("plan"):
@@ -177,10 +178,10 @@ class Engine:
             _, replies = self.worker.harvest()
             with span("take"):
                 self._take(plan, replies)
-            self._failures = 0
+            self._failures = 0 if plan.running else self._failures  # prompts alone say little
         except Exception as error:
             lost = [plan] if self.worker.in_flight < unread else self.worker.discard()
-            self._fail(error, [r for plan in lost for r in plan.running.values()])
+            self._fail(error, [r for plan in lost for r in (*plan.running.values(), *plan.filling)])
         except BaseException as error:
             if self.worker.in_flight < unread:  # it was read, and is not booked
                 self._fail(error, plan.running.values())

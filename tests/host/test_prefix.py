@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dlx import LLM, SamplingParams
-from dlx.prefix import extend, following, root
+from dlx.prefix import chain, root
 from dlx.request import Output
 from tests import gemma
 from tests.families import FAMILIES, network, write
@@ -120,14 +120,10 @@ def test_another_salt_or_adapter_finds_nothing(fresh: LLM) -> None:
 
 
 def test_a_digest_depends_on_all_that_came_before() -> None:
-    chains: list[list[bytes]] = []
-    for ids in ([1, 2, 3, 4], [1, 2, 3, 5], [9, 2, 3, 4]):
-        digests: list[bytes] = []
-        extend(digests, root("", None), ids, 2, 2)
-        chains.append(digests)
+    chains = [list(chain(root("", None), ids, 2)) for ids in ([1, 2, 3, 4], [1, 2, 3, 5], [9, 2, 3, 4])]
     assert chains[0][0] == chains[1][0] != chains[2][0]
-    assert len({chain[1] for chain in chains}) == 3
-    assert chains[0][1] == following(following(root("", None), [1, 2]), [3, 4])
+    assert len({digests[1] for digests in chains}) == 3
+    assert chains[0][1:] == list(chain(chains[0][0], [3, 4, 5], 2))
 
 
 def test_what_was_aborted_in_its_prefill_is_not_found(nano: Path) -> None:
