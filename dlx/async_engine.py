@@ -224,17 +224,18 @@ class AsyncEngine:
         return [ticket.request for ticket in self._tickets.values() if ticket.request.slot is None]
 
     def _admit(self, request: Request) -> None:
-        """Raise BusyError if the queue has no room for the request."""
+        """Raise BusyError if the queue has no room for the request; whoever finds a slot free waits for nothing."""
         waiting = self._waiting()
+        room = self.limits.max_queued + self.config.max_num_seqs - len(self.engine.scheduler.running)
         pool, S = self.engine.scheduler.pool, self.engine.worker.shapes.S
         most = self.limits.max_queued_tokens
         most = QUEUED * pool.total * S if most is None else most
         tokens = sum(map(_tokens, waiting))
-        if len(waiting) >= self.limits.max_queued or (waiting and tokens + _tokens(request) > most):
+        if len(waiting) >= room or (waiting and tokens + _tokens(request) > most):
             retry_s = min(max(self._pace_s, 1.0), 60.0)
             raise BusyError(
-                f"the queue is full: {len(waiting)} requests wait, of {self.limits.max_queued}, for {tokens} tokens, "
-                f"of {most}; ask again in {retry_s:.0f} s",
+                f"the queue is full: {len(waiting)} requests wait, of {room}, for {tokens} tokens, of {most}; "
+                f"ask again in {retry_s:.0f} s",
                 retry_s,
             )
 

@@ -62,8 +62,8 @@ class Engine:
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
     def prepare(self) -> None:
-        """Make all graphs now, instead of with the first launch that needs them."""
-        if self.worker.config.graphs != "off":
+        """Make all graphs now, and on a GPU all kernels, instead of with the first launch that needs them."""
+        if self.worker.config.graphs != "off" or self.worker.device.type == "cuda":
             self.worker.prepare(self.worker.shapes.rows, self.worker.shapes.tokens)
 
     @property
@@ -224,8 +224,9 @@ class Engine:
         if not isinstance(error, Exception):
             return
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
-        self.cause = error
-        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        frames = error.__traceback__
+        traceback.clear_frames(frames)  # they hold the step's tensors
+        self.cause = error.with_traceback(frames and frames.tb_next)  # the first one runs, and holds this engine
         if short(error):
             torch.cuda.empty_cache()  # the next batch may be smaller
         else:

@@ -11,7 +11,7 @@ its own end; of other models and policies no page is ever published.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 
 
@@ -21,8 +21,13 @@ def root(salt: str, adapter: str | None) -> bytes:
     return sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
 
-def chain(digest: bytes, ids: Sequence[int], S: int) -> Iterator[bytes]:
-    """The digests behind `digest` of the whole pages of `ids`."""
+def following(digest: bytes, ids: Sequence[int]) -> bytes:
+    """The digest of a prefix and one page more."""
+    return sha256(digest + array("q", ids).tobytes()).digest()
+
+
+def extend(digests: list[bytes], first: bytes, ids: Sequence[int], S: int) -> None:
+    """Append the digests of the next pages, whose ids these are, in place; `first` is the last digest, or the root."""
     for at in range(0, len(ids) - S + 1, S):
-        digest = sha256(digest + array("q", ids[at : at + S]).tobytes()).digest()
-        yield digest
+        first = following(first, ids[at : at + S])
+        digests.append(first)

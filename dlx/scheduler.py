@@ -75,8 +75,9 @@ class Scheduler:
         admit: dict[int, Row] = {}
         resume: dict[int, int] = {}
         filling: list[Request] = []
-        fresh = [(slot, request) for slot, request in self.running.items() if not request.decodes]
-        for slot, request in sorted(fresh, key=lambda item: rank(item[1])):
+        for request in sorted((r for r in self.running.values() if not r.decodes), key=rank):
+            slot = request.slot
+            assert slot is not None
             if self._fill(request, prefill):
                 filling.append(request)
             if request.filled < self.terms.goal(request):
@@ -242,11 +243,12 @@ class Scheduler:
             request.published = n
 
     def _name(self, request: Request, n: int) -> None:
-        known, P, S = len(request.digests), len(request.prompt), self.shapes.S
-        if n > known:
-            first = request.digests[-1] if known else prefix.root(request.params.cache_salt, request.params.adapter)
-            ids = request.prompt[known * S : n * S] + request.out[max(known * S - P, 0) : max(n * S - P, 0)]
-            request.digests += prefix.chain(first, ids, S)
+        done, S, prompt, params = request.digests, self.shapes.S, request.prompt, request.params
+        if n > len(done):
+            first = done[-1] if done else prefix.root(params.cache_salt, params.adapter)
+            at, end = len(done) * S, n * S
+            ids = prompt[at:end] + request.out[max(0, at - len(prompt)) : max(0, end - len(prompt))]
+            prefix.extend(done, first, ids, S)
 
     def _scope(self, running: dict[int, Request]) -> tuple[int, int]:
         """The scope that most rows want, the first of them, and how many positions it has in the longest of those."""

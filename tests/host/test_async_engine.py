@@ -253,6 +253,25 @@ def test_a_full_queue_refuses_and_those_who_run_go_on(
     assert [out.token_ids for out in run(ask())] == alone[:5]
 
 
+def test_who_finds_a_free_slot_does_not_count_as_waiting(
+    fresh: Callable[..., AsyncEngine], run: Run, alone: list[list[int]]
+) -> None:
+    """All of them come within one turn, which has yet to give out its two slots."""
+    engine = fresh(max_queued=1)
+
+    async def ask() -> list[Output]:
+        with Gate(engine) as gate:
+            tickets = [engine.submit(PROMPTS[0], LONG)]
+            await gate.held()
+            tickets += [engine.submit(prompt, LONG) for prompt in PROMPTS[1:3]]
+            with pytest.raises(BusyError, match="3 requests wait, of 3"):
+                engine.submit(PROMPTS[3], LONG)
+            gate.open()
+            return [await answered(ticket) for ticket in tickets]
+
+    assert [out.token_ids for out in run(ask())] == alone[:3]
+
+
 def test_waiting_tokens_are_bounded_but_one_request_may_always_wait(
     fresh: Callable[..., AsyncEngine], run: Run
 ) -> None:

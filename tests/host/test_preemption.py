@@ -74,8 +74,8 @@ def same(folder: Path, pages: int, forwards: int, lag: int, **more: Any) -> int:
     ("policy", "pages", "forwards", "lag"),
     [
         ("single_bd", 32, 1, 1),
-        ("single_bd", 32, 3, 1),
-        ("multi_bd", 40, 1, 1),
+        pytest.param("single_bd", 32, 3, 1, marks=pytest.mark.slow),
+        pytest.param("multi_bd", 40, 1, 1, marks=pytest.mark.slow),
         pytest.param("dmax", 32, 1, 1, marks=pytest.mark.long),
         pytest.param("edit", 32, 3, 0, marks=pytest.mark.slow),
         pytest.param("token_merge", 32, 1, 1, marks=pytest.mark.long),

@@ -106,7 +106,7 @@ def test_a_launch_in_which_nobody_decodes_has_no_rows() -> None:
 def test_pages_are_given_ahead_of_the_device_and_told_to_it() -> None:
     s = scheduler()
     request = asked(0, 6, 100)
-    plan = planned(s, request)
+    plan, before = planned(s, request), list[int]()
     ahead = 2 * L + 2 * L  # two launches of one block, and the window behind them
     assert len(request.pages) == -(-(4 + ahead) // S) == 3
     assert plan.pages == {}

@@ -83,7 +83,7 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(fake: Served) -> None
 def test_many_who_connect_and_leave_leave_nothing_behind(fake: Served) -> None:  # case 56
     fake.engine.held = True
     files = len(os.listdir("/proc/self/fd"))
-    for n in range(300):
+    for n in range(1000):
         sent(fake, {"prompt": "a", "stream": bool(n % 2)}).close()
     fake.until(lambda: fake.front.places == 0 and not fake.engine.open)
     fake.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2)
