@@ -224,9 +224,8 @@ class Engine:
         if not isinstance(error, Exception):
             return
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
-        frames = error.__traceback__
-        traceback.clear_frames(frames)  # they hold the step's tensors
-        self.cause = error.with_traceback(frames and frames.tb_next)  # the first one runs, and holds this engine
+        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        self.cause = error.with_traceback(None)  # it is logged, and the frame that runs holds this engine
         if short(error):
             torch.cuda.empty_cache()  # the next batch may be smaller
         else:

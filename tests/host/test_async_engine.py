@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dlx import LLM, AsyncEngine, BusyError, Chunk, EngineError, ModelError, Output, RequestError, SamplingParams
 from dlx.async_engine import Limits
@@ -107,6 +108,19 @@ def test_the_graphs_are_made_before_requests_may_come(nano: Path, run: Run, monk
     run(engine.start())
     run(engine.close())
     assert seen == ["starting"]
+
+
+@pytest.mark.parametrize(("device", "made"), [("cpu", 0), ("cuda", 1)])
+def test_without_graphs_a_gpu_has_kernels_to_make_before_requests_may_come(
+    nano_llm: LLM, monkeypatch: pytest.MonkeyPatch, device: str, made: int
+) -> None:
+    """The first step would take longer than a watchdog waits."""
+    engine, seen = nano_llm.engine, list[object]()
+    assert engine.worker.config.graphs == "off"
+    monkeypatch.setattr(engine.worker, "device", torch.device(device))
+    monkeypatch.setattr(engine.worker, "prepare", lambda *buckets: seen.append(buckets))
+    engine.prepare()
+    assert len(seen) == made
 
 
 @pytest.mark.parametrize(
