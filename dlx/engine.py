@@ -130,14 +130,21 @@ class Engine:
                 self._launch(plan)
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
-            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+            self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()] or self.scheduler.waiting[:1])
         except BaseException as error:
-            if plan is None:  # half a plan: nothing says what the device knows of it
-                self._fail(error, self.scheduler.running.values())
+            if plan is None:  # nothing says what the device knows of it
+                self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()])
             raise
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
+
+    def _halfway(self, plan: Plan | None) -> list[Request]:
+        """Who gave way in half a plan, and is lost with it. Its row still runs, in pages that are no longer its own."""
+        if plan is not None:
+            return []
+        self._stop(list(range(self.worker.config.max_num_seqs)))
+        return [r for r in self.scheduler.waiting if r.kept and not self.worker.rows.holds(r.id)]
 
     def _rest(self) -> list[Chunk]:
         """What a broken engine has yet to say."""
