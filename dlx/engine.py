@@ -62,8 +62,8 @@ class Engine:
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
     def prepare(self) -> None:
-        """Make all graphs now, instead of with the first launch that needs them."""
-        if self.worker.config.graphs != "off":
+        """Make all graphs now, and on a GPU all kernels, instead of with the first launch that needs them."""
+        if self.worker.config.graphs != "off" or self.worker.device.type == "cuda":
             self.worker.prepare(self.worker.shapes.rows, self.worker.shapes.tokens)
 
     @property
@@ -121,6 +121,7 @@ class Engine:
             return self._rest()
         if self.before_turn is not None:
             self.before_turn()
+        self._read(self.lag)  # pages are given for no more than is unread then: an interrupt may have left some
         plan = None
         try:
             with span("plan"):
@@ -129,14 +130,21 @@ class Engine:
                 self._launch(plan)
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
-            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+            self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()] or self.scheduler.waiting[:1])
         except BaseException as error:
-            if plan is None:  # half a plan: nothing says what the device knows of it
-                self._fail(error, self.scheduler.running.values())
+            if plan is None:  # nothing says what the device knows of it
+                self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()])
             raise
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
+
+    def _halfway(self, plan: Plan | None) -> list[Request]:
+        """Who gave way in half a plan, and is lost with it. Its row still runs, in pages that are no longer its own."""
+        if plan is not None:
+            return []
+        self._stop(list(range(self.worker.config.max_num_seqs)))
+        return [r for r in self.scheduler.waiting if r.kept and not self.worker.rows.holds(r.id)]
 
     def _rest(self) -> list[Chunk]:
         """What a broken engine has yet to say."""
@@ -177,10 +185,10 @@ class Engine:
             _, replies = self.worker.harvest()
             with span("take"):
                 self._take(plan, replies)
-            self._failures = 0
+            self._failures = 0 if plan.running else self._failures  # prompts alone say little
         except Exception as error:
             lost = [plan] if self.worker.in_flight < unread else self.worker.discard()
-            self._fail(error, [r for plan in lost for r in plan.running.values()])
+            self._fail(error, [r for plan in lost for r in (*plan.running.values(), *plan.filling)])
         except BaseException as error:
             if self.worker.in_flight < unread:  # it was read, and is not booked
                 self._fail(error, plan.running.values())
@@ -223,8 +231,8 @@ class Engine:
         if not isinstance(error, Exception):
             return
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
-        self.cause = error
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        self.cause = error.with_traceback(None)  # it is logged, and the frame that runs holds this engine
         if short(error):
             torch.cuda.empty_cache()  # the next batch may be smaller
         else:

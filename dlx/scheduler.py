@@ -167,7 +167,11 @@ class Scheduler:
 
     def _grow(self, preempt: dict[int, int]) -> None:
         """Give every row the pages for what the device may do next; the newest gives way."""
-        for request in sorted(self.running.values(), key=rank):
+        S, ahead = self.shapes.S, self.terms.ahead
+        if ahead is None:
+            return
+        short = [r for r in self.running.values() if r.final + ahead > len(r.pages) * S]  # or near its end
+        for request in sorted(short, key=rank):
             more = self._want(request) - len(request.pages) if request.slot is not None else 0
             while more > self.pool.free and request.slot is not None:
                 self._preempt(max(self.running.values(), key=rank), preempt)
@@ -177,16 +181,22 @@ class Scheduler:
 
     def _admit(self, preempt: dict[int, int]) -> None:
         """Those who wait get slots and pages in their order; nobody overtakes. The first of all need not wait."""
+        growing: int | None = None  # of those who run, each of which is left a page; counted where it matters
         while self.waiting and self.waiting[0].flying <= 0:  # else it may have ended in a launch that is not read
             request = self.waiting[0]
             first = all(rank(request) < rank(other) for other in self.running.values())
+            if not self._slots and not first:
+                return
             hit = self._found(request)
             more = self._want(request) - len(hit)
-            growing = 0 if first else sum(self._want(r, True) > len(r.pages) for r in self.running.values())
-            if not self._slots or more + self.pool.idle(hit) + growing > self.pool.free:
+            spare = self.pool.free - more - self.pool.idle(hit)
+            if not first and spare >= 0 and growing is None:
+                growing = sum(map(self._grows, self.running.values()))
+            if not self._slots or spare < (0 if first else growing or 0):
                 if not first or not self.running or self.policy.turn is not None:
                     return
                 self._preempt(max(self.running.values(), key=rank), preempt)
+                growing = None
                 continue
             del self.waiting[0]
             self.pool.share(hit)
@@ -194,10 +204,15 @@ class Scheduler:
             request.filled, request.published = len(hit) * self.shapes.S, len(hit)
             request.slot = self._slots.pop()
             self.running[request.slot] = request
+            growing = None if growing is None else growing + self._grows(request)
             if request.admitted_s is None:
                 request.admitted_s, request.cached = time.monotonic(), request.filled
                 self.prefix_queries += len(request.prompt) if self.caching else 0
                 self.prefix_hits += request.filled
+
+    def _grows(self, request: Request) -> bool:
+        """It will ask for more pages."""
+        return self._want(request, True) > len(request.pages)
 
     def _want(self, request: Request, all: bool = False) -> int:
         return self.terms.pages(request, None if all else self.terms.ahead)

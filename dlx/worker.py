@@ -131,7 +131,7 @@ class Worker:
         self._send = partial(_sent, self.device)
         self.sent = loop.allocate(B, self.policy.N * self.width, config.forwards, self.device, room)
         self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._send)
-        self.epoch = self.prefills = 0  # launches sent, forwards of prompts
+        self.epoch = self.read = self.prefills = 0  # steps sent, steps harvested, forwards of prompts
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
 
@@ -154,17 +154,18 @@ class Worker:
                     self.graphs.replay(key)
                 self.prefills += 1
             self.rows.enter(plan)
-            if not plan.bucket:
-                return
-            rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
-            key = self._step_graph(rows, plan.scope, C)
-            self.epoch += 1
-            if self.looped:
-                self.sent.left.fill_(self.sent.most)
-                self.sent.epoch.fill_(self.epoch)
-            with span("step"):
-                self.graphs.replay(key)
-            windows = watch.packed(plan, self.buf, self.sent.step, self._send)
+            rows, windows = 0, None
+            if plan.bucket:
+                rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
+                key = self._step_graph(rows, plan.scope, C)
+                self.epoch += 1
+                if self.looped:
+                    self.sent.left.fill_(self.sent.most)
+                    self.sent.epoch.fill_(self.epoch)
+                with span("step"):
+                    self.graphs.replay(key)
+                windows = watch.packed(plan, self.buf, self.sent.step, self._send)
+            # of prompts alone too: else the host would send all of a long one at once, and who comes meanwhile waits
             self._flights.append(flight.sent(plan, self._outbox(rows), windows))
             for id in plan.resume.values():
                 self.rows.forget(id)
@@ -202,6 +203,7 @@ class Worker:
             rows = enumerate(oldest.outbox.tolist())
             replies = [Reply(row[:-F], *row[-F:], window=windows.get(slot)) for slot, row in rows]
             self._flights.popleft()
+            self.read += oldest.plan.bucket > 0
             return oldest.plan, replies
 
     def stop(self, slot: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dlx import LLM, AsyncEngine, BusyError, Chunk, EngineError, ModelError, Output, RequestError, SamplingParams
 from dlx.async_engine import Limits
@@ -107,6 +108,19 @@ def test_the_graphs_are_made_before_requests_may_come(nano: Path, run: Run, monk
     run(engine.start())
     run(engine.close())
     assert seen == ["starting"]
+
+
+@pytest.mark.parametrize(("device", "made"), [("cpu", 0), ("cuda", 1)])
+def test_without_graphs_a_gpu_has_kernels_to_make_before_requests_may_come(
+    nano_llm: LLM, monkeypatch: pytest.MonkeyPatch, device: str, made: int
+) -> None:
+    """The first step would take longer than a watchdog waits."""
+    engine, seen = nano_llm.engine, list[object]()
+    assert engine.worker.config.graphs == "off"
+    monkeypatch.setattr(engine.worker, "device", torch.device(device))
+    monkeypatch.setattr(engine.worker, "prepare", lambda *buckets: seen.append(buckets))
+    engine.prepare()
+    assert len(seen) == made
 
 
 @pytest.mark.parametrize(
@@ -251,6 +265,25 @@ def test_a_full_queue_refuses_and_those_who_run_go_on(
             return [*outputs, await answered(engine.submit(PROMPTS[4], LONG))]
 
     assert [out.token_ids for out in run(ask())] == alone[:5]
+
+
+def test_who_finds_a_free_slot_does_not_count_as_waiting(
+    fresh: Callable[..., AsyncEngine], run: Run, alone: list[list[int]]
+) -> None:
+    """All of them come within one turn, which has yet to give out its two slots."""
+    engine = fresh(max_queued=1)
+
+    async def ask() -> list[Output]:
+        with Gate(engine) as gate:
+            tickets = [engine.submit(PROMPTS[0], LONG)]
+            await gate.held()
+            tickets += [engine.submit(prompt, LONG) for prompt in PROMPTS[1:3]]
+            with pytest.raises(BusyError, match="3 requests wait, of 3"):
+                engine.submit(PROMPTS[3], LONG)
+            gate.open()
+            return [await answered(ticket) for ticket in tickets]
+
+    assert [out.token_ids for out in run(ask())] == alone[:3]
 
 
 def test_waiting_tokens_are_bounded_but_one_request_may_always_wait(

@@ -109,6 +109,26 @@ def test_each_request_ends_as_alone_or_as_failed_and_nothing_stays_behind(
     assert outcome(engine, engine.add_all([(prompt, LONG) for prompt in PROMPTS])) == alone
 
 
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_row_that_gave_way_in_half_a_plan_runs_no_more(
+    llm: LLM, alone: list[list[int]], error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages are others' from then on."""
+    engine = llm.engine
+    preempt = at_call(0, engine.scheduler._preempt, error, after=True)
+    ids, chunks = engine.add_all([(prompt, LONG) for prompt in PROMPTS]), list[Chunk]()
+    before = engine.scheduler.preemptions
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "_preempt", preempt)
+        while engine.scheduler.preemptions == before:
+            with contextlib.suppress(KeyboardInterrupt):
+                chunks += engine.step()
+    assert bool(engine.worker.buf.done.all())
+    got = outcome(engine, ids, chunks)
+    assert [ids for ids, expected in zip(got, alone) if ids not in (expected, Finish.ERROR)] == []
+    assert Finish.ERROR in got and engine.scheduler.pool.used == 0 and not engine.worker.rows._kept
+
+
 def test_an_abort_before_any_turn_changes_no_other(llm: LLM, alone: list[list[int]]) -> None:
     engine, ended = llm.engine, set()
     for turn in range(0, 24, 3):

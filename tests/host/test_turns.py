@@ -206,3 +206,15 @@ def test_admissions_of_a_launch_that_was_interrupted_wait_again() -> None:
     s.check_invariants()
     assert (ids(s.waiting), s.running, s.pool.used) == ([0, 1], {}, 0)
     assert ids(planned(s).running.values()) == [0]
+
+
+def test_rows_that_have_their_pages_cost_a_plan_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a turn of the loop does for each row, it does a thousand times while the device waits."""
+    s = scheduler()
+    planned(s, *(asked(id, 6, 100) for id in range(6)))
+    looked: list[Request] = []
+    pages = s.terms.pages
+    monkeypatch.setattr(
+        s.terms, "pages", lambda request, ahead=None: (looked.append(request), pages(request, ahead))[1]
+    )
+    assert s.plan() is not None and not looked
