@@ -20,7 +20,7 @@ from typing import Any
 from dlx.config import Config
 from dlx.engine import Engine
 from dlx.engine_thread import Due, EngineThread
-from dlx.errors import BusyError, EngineError
+from dlx.errors import BusyError, EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.health import Health, Limits, Stats, Status
 from dlx.models.card import Card
@@ -126,6 +126,8 @@ class AsyncEngine:
         status, reason = self.health()
         if status != "ready" or self._thread is None:
             raise EngineError(f"the engine is {status} and takes no requests ({reason})")
+        if timeout_s is not None and not timeout_s > 0:
+            raise RequestError(f"timeout_s={timeout_s!r} is not allowed; pass seconds above 0, or None")
         request = self.engine.request(prompt, params, watch)
         self._admit(request)
         most = self.limits.timeout_s
@@ -169,7 +171,10 @@ class AsyncEngine:
         if thread is None:
             return
         thread.end()
-        await self._over.wait()
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), self.limits.watchdog_s / LOOKS)
+            self._look()  # what hangs is not waited for
         if not self._hangs:
             thread.thread.join()
         self._status, self._reason, self._engine, self._thread = "closed", self._reason, None, None
@@ -219,17 +224,18 @@ class AsyncEngine:
         return [ticket.request for ticket in self._tickets.values() if ticket.request.slot is None]
 
     def _admit(self, request: Request) -> None:
-        """Raise BusyError if the queue has no room for the request."""
+        """Raise BusyError if the queue has no room for the request; whoever finds a slot free waits for nothing."""
         waiting = self._waiting()
+        room = self.limits.max_queued + self.config.max_num_seqs - len(self.engine.scheduler.running)
         pool, S = self.engine.scheduler.pool, self.engine.worker.shapes.S
         most = self.limits.max_queued_tokens
         most = QUEUED * pool.total * S if most is None else most
         tokens = sum(map(_tokens, waiting))
-        if len(waiting) >= self.limits.max_queued or (waiting and tokens + _tokens(request) > most):
+        if len(waiting) >= room or (waiting and tokens + _tokens(request) > most):
             retry_s = min(max(self._pace_s, 1.0), 60.0)
             raise BusyError(
-                f"the queue is full: {len(waiting)} requests wait, of {self.limits.max_queued}, for {tokens} tokens, "
-                f"of {most}; ask again in {retry_s:.0f} s",
+                f"the queue is full: {len(waiting)} requests wait, of {room}, for {tokens} tokens, of {most}; "
+                f"ask again in {retry_s:.0f} s",
                 retry_s,
             )
 
@@ -256,7 +262,7 @@ class AsyncEngine:
     def _look(self) -> None:
         """Is the turn that runs taking too long?"""
         began_s = self._thread.began_s if self._thread is not None else None
-        if began_s is None or self._status not in ("ready", "draining"):
+        if began_s is None or self._over.is_set():
             return
         took_s = time.monotonic() - began_s
         if took_s > self.limits.watchdog_s:
@@ -268,7 +274,7 @@ class AsyncEngine:
 
     def _end(self, error: BaseException | None) -> None:
         """The thread has ended."""
-        if error is not None and self._status in ("ready", "draining"):
+        if error is not None and not self._over.is_set() and self._engine is not None:
             self._break(str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
         self._over.set()
 

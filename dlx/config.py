@@ -16,6 +16,7 @@ from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.graphs.rules import SubBlock, Within
 from dlx.models.card import Card
 from dlx.settings import Dtype, KvDtype, Settings
+from dlx.sources import nearest
 from dlx.weights.hub import fetched
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -70,7 +71,8 @@ class Config(Settings, frozen=True):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            allowed = first["msg"] if first["type"] != "extra_forbidden" else f"use {', '.join(Config.model_fields)}"
+            unknown = first["type"] == "extra_forbidden"
+            allowed = f"no such setting{nearest(name, Config.model_fields)}" if unknown else first["msg"]
             raise ConfigError(f"{name}={first['input']!r} is not allowed: {allowed}") from None
         config.check()
         return config

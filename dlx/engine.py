@@ -20,6 +20,7 @@ from dlx import weights
 from dlx.answer import Answers
 from dlx.config import Config
 from dlx.errors import EngineError
+from dlx.graphs.capture import short
 from dlx.observe import span
 from dlx.pages import PagePool
 from dlx.plan import Plan, Reply
@@ -61,8 +62,8 @@ class Engine:
         self._due: list[Chunk] = []  # what `step` returns next: an interrupt loses nothing
 
     def prepare(self) -> None:
-        """Make all graphs now, instead of with the first launch that needs them."""
-        if self.worker.config.graphs != "off":
+        """Make all graphs now, and on a GPU all kernels, instead of with the first launch that needs them."""
+        if self.worker.config.graphs != "off" or self.worker.device.type == "cuda":
             self.worker.prepare(self.worker.shapes.rows, self.worker.shapes.tokens)
 
     @property
@@ -120,6 +121,7 @@ class Engine:
             return self._rest()
         if self.before_turn is not None:
             self.before_turn()
+        self._read(self.lag)  # pages are given for no more than is unread then: an interrupt may have left some
         plan = None
         try:
             with span("plan"):
@@ -128,10 +130,21 @@ class Engine:
                 self._launch(plan)
         except Exception as error:
             self._read(0)  # what the launches before have finished has not failed
-            self._fail(error, [*self.scheduler.running.values()] or self.scheduler.waiting[:1])
+            self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()] or self.scheduler.waiting[:1])
+        except BaseException as error:
+            if plan is None:  # nothing says what the device knows of it
+                self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()])
+            raise
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
         return chunks
+
+    def _halfway(self, plan: Plan | None) -> list[Request]:
+        """Who gave way in half a plan, and is lost with it. Its row still runs, in pages that are no longer its own."""
+        if plan is not None:
+            return []
+        self._stop(list(range(self.worker.config.max_num_seqs)))
+        return [r for r in self.scheduler.waiting if r.kept and not self.worker.rows.holds(r.id)]
 
     def _rest(self) -> list[Chunk]:
         """What a broken engine has yet to say."""
@@ -141,15 +154,21 @@ class Engine:
         return chunks
 
     def _launch(self, plan: Plan) -> None:
-        """Launch; if that is interrupted, what was to be admitted waits again, and rows that run are as they were."""
+        """Launch. An interrupt that comes before the step leaves all as it was: who was to be admitted waits again."""
+        steps, unread = self.worker.epoch, self.worker.in_flight
         try:
             self.worker.launch(plan)
         except BaseException as error:
+            interrupt = not isinstance(error, Exception)
+            if interrupt and self.worker.in_flight > unread:
+                raise  # it is on its way
             self._stop([*plan.admit, *plan.resume, *plan.preempt])
-            if not isinstance(error, Exception):
+            if interrupt and self.worker.epoch > steps:
+                self._fail(error, plan.running.values())  # the step may have run, and what it committed is lost
+            elif interrupt:
                 self.scheduler.put_back(plan)
-            lost = [id for id in plan.preempt.values() if not self.worker.rows.holds(id)]
-            self._due += [self._end(self._answers[id], Finish.ERROR, _line(error))[0] for id in lost]
+            gone = [id for id in plan.preempt.values() if id in self._answers and not self.worker.rows.holds(id)]
+            self._due += [self._end(self._answers[id], Finish.ERROR, _line(error))[0] for id in gone]
             raise
 
     def _read(self, most: int) -> None:
@@ -161,20 +180,19 @@ class Engine:
             self._harvest()
 
     def _harvest(self) -> None:
+        plan, unread = self.worker.oldest, self.worker.in_flight
         try:
-            plan, replies = self.worker.harvest()
-        except Exception as error:
-            lost = [r for plan in self.worker.discard() for r in plan.running.values()]
-            self._fail(error, [*lost, *self.scheduler.running.values()])
-            return
-        try:
+            _, replies = self.worker.harvest()
             with span("take"):
                 self._take(plan, replies)
-            self._failures = 0
+            self._failures = 0 if plan.running else self._failures  # prompts alone say little
+        except Exception as error:
+            lost = [plan] if self.worker.in_flight < unread else self.worker.discard()
+            self._fail(error, [r for plan in lost for r in (*plan.running.values(), *plan.filling)])
         except BaseException as error:
-            self._fail(error, plan.running.values())
-            if not isinstance(error, Exception):
-                raise
+            if self.worker.in_flight < unread:  # it was read, and is not booked
+                self._fail(error, plan.running.values())
+            raise
 
     def _take(self, plan: Plan, replies: list[Reply]) -> None:
         """Book what a launch brought back; chunks are due one by one, so a failure loses none that was told."""
@@ -213,11 +231,11 @@ class Engine:
         if not isinstance(error, Exception):
             return
         log.error("a step failed, and %d requests with it", len(failed), exc_info=error)
-        self.cause = error
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        elif not isinstance(error, MemoryError):
+        self.cause = error.with_traceback(None)  # it is logged, and the frame that runs holds this engine
+        if short(error):
+            torch.cuda.empty_cache()  # the next batch may be smaller
+        else:
             self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")

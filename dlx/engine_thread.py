@@ -92,7 +92,10 @@ class EngineThread:
             self._tell_chunks()
         except BaseException as error:  # whatever it is, the event loop must know
             reason = error
-        self._tell(self._over, reason)
+        try:
+            self._tell(self._over, reason)
+        finally:
+            del reason  # it holds this frame, and so the engine
 
     def _turn(self, engine: Engine) -> bool:
         """Do what was asked for, and take a step; False once the thread shall end."""

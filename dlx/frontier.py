@@ -15,8 +15,11 @@ from dlx.errors import ConfigError, PolicyError
 from dlx.evals import Decoder, Record, evaluate
 from dlx.graphs.policies import Policy, named
 
-# what is drawn if nothing is named: the field's setting of several blocks, and the one that the trainer decodes with
-LINES = ("single_bd", "multi_bd", "multi_bd:N=2,open_at=0.5,force_at=1.0")
+# what is drawn if nothing is named: the field's setting of several blocks, the one that the trainer decodes with, and
+# edits on two blocks, each of which ends once it is sure of all its tokens
+LINES = (
+    "single_bd", "multi_bd", "multi_bd:N=2,open_at=0.5,force_at=1.0", "edit:N=2,edit=0.4,settle.sure=0.9",
+)  # fmt: skip
 THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 0.95)
 DROP, STEEP = 5.0, 3.0  # AUP: percent of accuracy under which points do not count, and how lost accuracy weighs
 SCHEMA = 1

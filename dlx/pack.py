@@ -76,7 +76,9 @@ def make(config: Config, out: Path, rows: Sequence[int] = (), tokens: Sequence[i
     vocab = Tokenizer.load(config.model).size if named else None
     with tempfile.TemporaryDirectory(prefix="dlx-pack-", ignore_cleanup_errors=True) as folder, empty(Path(folder)):
         worker = Worker(config.model_copy(update={"pack": None}), vocab)  # to size its pages it may run kernels
-        buckets = {"rows": chosen(rows, worker.shapes.rows), "tokens": chosen(tokens, worker.shapes.tokens)}
+        buckets = {
+            "rows": chosen(rows, worker.shapes.rows, "max_num_seqs"), "tokens": chosen(tokens, worker.shapes.tokens)
+        }  # fmt: skip
         began = time.monotonic()
         worker.prepare(**buckets)
         took_s = time.monotonic() - began
@@ -170,11 +172,17 @@ def title(config: Config, facts: Key) -> str:
     return "--".join((*names, sha256(json.dumps(facts).encode())[:12]))
 
 
-def chosen(wanted: Sequence[int], there: Sequence[int]) -> list[int]:
-    """The buckets that are wanted, or all. Raises ConfigError for one that is not there."""
+def chosen(wanted: Sequence[int], there: Sequence[int], limit: str = "") -> list[int]:
+    """The buckets that are wanted, or all; `limit` is the field that the last one there equals, if there is one.
+
+    Raises ConfigError  for one that is not there
+    """
     for n in wanted:
         if n not in there:
-            raise ConfigError(f"there is no bucket of {n}; use some of {', '.join(map(str, there))}")
+            known = ", ".join(map(str, there))
+            if limit and n > there[-1]:
+                raise ConfigError(f"a bucket of {n} passes {limit}={there[-1]}; use some of {known}, or raise it")
+            raise ConfigError(f"there is no bucket of {n}; use some of {known}")
     return sorted(set(wanted)) or list(there)
 
 

@@ -26,7 +26,8 @@ def following(digest: bytes, ids: Sequence[int]) -> bytes:
     return sha256(digest + array("q", ids).tobytes()).digest()
 
 
-def extend(digests: list[bytes], first: bytes, ids: Sequence[int], S: int, n: int) -> None:
-    """Bring the digests of the pages of `ids` to n, in place; `first` is the root."""
-    for page in range(len(digests), n):
-        digests.append(following(digests[-1] if digests else first, ids[page * S : (page + 1) * S]))
+def extend(digests: list[bytes], first: bytes, ids: Sequence[int], S: int) -> None:
+    """Append the digests of the next pages, whose ids these are, in place; `first` is the last digest, or the root."""
+    for at in range(0, len(ids) - S + 1, S):
+        first = following(first, ids[at : at + S])
+        digests.append(first)

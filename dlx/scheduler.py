@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from dlx import prefix
 from dlx.admission import Admission
-from dlx.errors import BusyError
 from dlx.graphs import buffer
 from dlx.graphs.buffer import Row
 from dlx.graphs.policies import Policy
@@ -35,19 +34,16 @@ class Scheduler:
               device; the newest is preempted for them. None: all that it may ever need, when it is admitted
     budget    positions of prompts a launch prefills; None: all
     caching   pages of finished prefixes are kept and found again
-    max_queued, max_queued_tokens  requests and their tokens (prompts and answers) that may wait; None: any
     """
 
     def __init__(
         self, policy: Policy, card: Card, shapes: Shapes, pool: PagePool, max_len: int, adapters: Sequence[str] = (),
         forwards: int | None = None, budget: int | None = None, caching: bool = False,
-        max_queued: int | None = None, max_queued_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.shapes, self.pool = policy, shapes, pool
         self.terms = Admission(policy, card, shapes, max_len, adapters, forwards)
         self.budget = None if budget is None else max(budget, shapes.C)
         self.caching = caching and self.terms.chained
-        self.max_queued, self.max_queued_tokens = max_queued, max_queued_tokens
         self.waiting: list[Request] = []  # by rank
         self.running: dict[int, Request] = {}  # by slot; those whose prompt is not all prefilled do not decode yet
         self.prefix_queries = self.prefix_hits = 0  # tokens of prompts that were admitted, and of these found
@@ -60,25 +56,12 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self.waiting and not self.running
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens of prompts and answers of those who wait."""
-        return sum(len(r.prompt) + r.params.max_tokens for r in self.waiting)
-
     def check(self, request: Request) -> None:
         """Raise RequestError for what can never run, before it is queued."""
         self.terms.check(request, self.pool.total)
 
     def add(self, request: Request) -> None:
-        """Queue a checked request. Raises BusyError if too many wait, or too much."""
-        if self.max_queued is not None and len(self.waiting) >= self.max_queued:
-            raise BusyError(f"{len(self.waiting)} requests wait and max_queued={self.max_queued}; try again later")
-        tokens = len(request.prompt) + request.params.max_tokens
-        if self.max_queued_tokens is not None and self.queued_tokens + tokens > self.max_queued_tokens:
-            raise BusyError(
-                f"requests of {self.queued_tokens} tokens wait, this one has {tokens} and "
-                f"max_queued_tokens={self.max_queued_tokens}; try again later"
-            )
+        """Queue a checked request, behind those of its rank."""
         insort(self.waiting, request, key=rank)
 
     def plan(self) -> Plan | None:
@@ -92,9 +75,9 @@ class Scheduler:
         admit: dict[int, Row] = {}
         resume: dict[int, int] = {}
         filling: list[Request] = []
-        for slot, request in sorted(self.running.items(), key=lambda item: rank(item[1])):
-            if request.decodes:
-                continue
+        for request in sorted((r for r in self.running.values() if not r.decodes), key=rank):
+            slot = request.slot
+            assert slot is not None
             if self._fill(request, prefill):
                 filling.append(request)
             if request.filled < self.terms.goal(request):
@@ -165,13 +148,6 @@ class Scheduler:
                 return slot
         return None
 
-    def fail(self, running: dict[int, Request]) -> list[Request]:
-        """End those of a launch that failed who have not ended yet; their rows, if any, are to be stopped."""
-        lost = [request for request in running.values() if request.finish is None]
-        for request in lost:
-            self._end(request, Finish.ERROR)
-        return lost
-
     def check_invariants(self) -> None:
         """Slots and pages are held once, what is shared or published is never written, and all wait in order."""
         self.pool.check_invariants()
@@ -191,7 +167,11 @@ class Scheduler:
 
     def _grow(self, preempt: dict[int, int]) -> None:
         """Give every row the pages for what the device may do next; the newest gives way."""
-        for request in sorted(self.running.values(), key=rank):
+        S, ahead = self.shapes.S, self.terms.ahead
+        if ahead is None:
+            return
+        short = [r for r in self.running.values() if r.final + ahead > len(r.pages) * S]  # or near its end
+        for request in sorted(short, key=rank):
             more = self._want(request) - len(request.pages) if request.slot is not None else 0
             while more > self.pool.free and request.slot is not None:
                 self._preempt(max(self.running.values(), key=rank), preempt)
@@ -201,16 +181,22 @@ class Scheduler:
 
     def _admit(self, preempt: dict[int, int]) -> None:
         """Those who wait get slots and pages in their order; nobody overtakes. The first of all need not wait."""
+        growing: int | None = None  # of those who run, each of which is left a page; counted where it matters
         while self.waiting and self.waiting[0].flying <= 0:  # else it may have ended in a launch that is not read
             request = self.waiting[0]
             first = all(rank(request) < rank(other) for other in self.running.values())
+            if not self._slots and not first:
+                return
             hit = self._found(request)
             more = self._want(request) - len(hit)
-            growing = 0 if first else sum(self._want(r, True) > len(r.pages) for r in self.running.values())
-            if not self._slots or more + self.pool.idle(hit) + growing > self.pool.free:
+            spare = self.pool.free - more - self.pool.idle(hit)
+            if not first and spare >= 0 and growing is None:
+                growing = sum(map(self._grows, self.running.values()))
+            if not self._slots or spare < (0 if first else growing or 0):
                 if not first or not self.running or self.policy.turn is not None:
                     return
                 self._preempt(max(self.running.values(), key=rank), preempt)
+                growing = None
                 continue
             del self.waiting[0]
             self.pool.share(hit)
@@ -218,10 +204,15 @@ class Scheduler:
             request.filled, request.published = len(hit) * self.shapes.S, len(hit)
             request.slot = self._slots.pop()
             self.running[request.slot] = request
+            growing = None if growing is None else growing + self._grows(request)
             if request.admitted_s is None:
                 request.admitted_s, request.cached = time.monotonic(), request.filled
                 self.prefix_queries += len(request.prompt) if self.caching else 0
                 self.prefix_hits += request.filled
+
+    def _grows(self, request: Request) -> bool:
+        """It will ask for more pages."""
+        return self._want(request, True) > len(request.pages)
 
     def _want(self, request: Request, all: bool = False) -> int:
         return self.terms.pages(request, None if all else self.terms.ahead)
@@ -252,9 +243,12 @@ class Scheduler:
             request.published = n
 
     def _name(self, request: Request, n: int) -> None:
-        if n > len(request.digests):
-            first = prefix.root(request.params.cache_salt, request.params.adapter)
-            prefix.extend(request.digests, first, request.prompt + request.out, self.shapes.S, n)
+        done, S, prompt, params = request.digests, self.shapes.S, request.prompt, request.params
+        if n > len(done):
+            first = done[-1] if done else prefix.root(params.cache_salt, params.adapter)
+            at, end = len(done) * S, n * S
+            ids = prompt[at:end] + request.out[max(0, at - len(prompt)) : max(0, end - len(prompt))]
+            prefix.extend(done, first, ids, S)
 
     def _scope(self, running: dict[int, Request]) -> tuple[int, int]:
         """The scope that most rows want, the first of them, and how many positions it has in the longest of those."""

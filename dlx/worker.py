@@ -61,7 +61,8 @@ class Worker:
         self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
         # a prompt that sees itself whole is one forward, and so is a sequence
-        chunk = sizes.max_len if self.policy.full or turn is not None else min(2048, config.max_num_batched_tokens)
+        most = 256 if config.batch_invariant else 2048  # 256 cost about what reading the weights does
+        chunk = sizes.max_len if self.policy.full or turn is not None else min(most, config.max_num_batched_tokens)
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
         self._flights: deque[flight.Flight] = deque()
         self.kv: tuple[Tensor, ...] = ()
@@ -99,8 +100,8 @@ class Worker:
     def _take(self, pages: int) -> None:
         """Have so many K/V pages, and no others."""
         self.kv = ()
+        scale_(self.net, pages, self.config.kv_dtype)  # first: it needs memory for a while
         self.kv = memory.pool(self.card.kv, pages, self.shapes.S, self.config.kv_dtype, self.device)
-        scale_(self.net, pages, self.config.kv_dtype)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -108,7 +109,7 @@ class Worker:
         with self._there:
             self._take(memory.FEW)
             T, B = self.shapes.tokens[-1], self.config.max_num_seqs
-            if self.policy.turn is None:
+            if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
                 self._step(B, scope, C)[0]()
@@ -127,9 +128,10 @@ class Worker:
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)
         room = None if self.width == self.L else self.width
+        self._send = partial(_sent, self.device)
         self.sent = loop.allocate(B, self.policy.N * self.width, config.forwards, self.device, room)
-        self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._sent)
-        self.epoch = self.prefills = 0  # launches sent, forwards of prompts
+        self.rows = Rows(self.buf, self.memory, self.sequences, self.card.mask_id, self._send)
+        self.epoch = self.read = self.prefills = 0  # steps sent, steps harvested, forwards of prompts
         C = self.shapes.C
         self.prompts = {T: prefill.blank(T // C, C, W, self.device) for T in self.shapes.tokens}
 
@@ -147,22 +149,23 @@ class Worker:
                 T = shapes.bucket(self.shapes.tokens, len(batch) * C)
                 key = self._prefill_graph(T)
                 packed = prefill.pack(batch, T // C, C, self.shapes.W)
-                prefill.fill_(self.prompts[T], self._sent(packed))
+                prefill.fill_(self.prompts[T], self._send(packed))
                 with span("prefill"):
                     self.graphs.replay(key)
                 self.prefills += 1
             self.rows.enter(plan)
-            if not plan.bucket:
-                return
-            rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
-            key = self._step_graph(rows, plan.scope, C)
-            self.epoch += 1
-            if self.looped:
-                self.sent.left.fill_(self.sent.most)
-                self.sent.epoch.fill_(self.epoch)
-            with span("step"):
-                self.graphs.replay(key)
-            windows = watch.packed(plan, self.buf, self.sent.step, self._sent)
+            rows, windows = 0, None
+            if plan.bucket:
+                rows, C = self._ready(plan.bucket, plan.scope, plan.reach)
+                key = self._step_graph(rows, plan.scope, C)
+                self.epoch += 1
+                if self.looped:
+                    self.sent.left.fill_(self.sent.most)
+                    self.sent.epoch.fill_(self.epoch)
+                with span("step"):
+                    self.graphs.replay(key)
+                windows = watch.packed(plan, self.buf, self.sent.step, self._send)
+            # of prompts alone too: else the host would send all of a long one at once, and who comes meanwhile waits
             self._flights.append(flight.sent(plan, self._outbox(rows), windows))
             for id in plan.resume.values():
                 self.rows.forget(id)
@@ -184,6 +187,11 @@ class Worker:
         """Launches not yet harvested."""
         return len(self._flights)
 
+    @property
+    def oldest(self) -> Plan:
+        """What `harvest` reads next."""
+        return self._flights[0].plan
+
     def harvest(self) -> tuple[Plan, list[Reply]]:
         """Wait for the oldest launch and read its outbox: one reply a row of its bucket."""
         oldest = self._flights[0]  # until it is read: an interrupt loses nothing
@@ -193,8 +201,9 @@ class Worker:
             ends, F = self.policy.turn is not None, buffer.FACTS
             windows = watch.unpacked(oldest.plan, oldest.windows, self.policy.N + 1, self.width, ends)
             rows = enumerate(oldest.outbox.tolist())
-            replies = [Reply(row[:-F], *row[-F:], windows.get(slot)) for slot, row in rows]
+            replies = [Reply(row[:-F], *row[-F:], window=windows.get(slot)) for slot, row in rows]
             self._flights.popleft()
+            self.read += oldest.plan.bucket > 0
             return oldest.plan, replies
 
     def stop(self, slot: int) -> None:
@@ -215,11 +224,6 @@ class Worker:
 
     def _outbox(self, rows: int) -> Tensor:
         return (self.sent.out if self.looped else self.sent.step)[:rows]
-
-    def _sent(self, packed: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return packed
-        return packed.pin_memory().to(self.device, non_blocking=True)
 
     def _scopes(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Numbers and positions a row of the policy's scopes; of those that depend on the row, buckets of `tokens`."""
@@ -281,3 +285,8 @@ class Worker:
         else:
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
         return step, partial(loop.running, view)
+
+
+def _sent(device: torch.device, packed: Tensor) -> Tensor:
+    """A copy on the device that is on its way; no method of the worker, which would hold itself by it."""
+    return packed if device.type == "cpu" else packed.pin_memory().to(device, non_blocking=True)

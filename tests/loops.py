@@ -8,8 +8,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dlx import AsyncEngine, Chunk, Output
 from dlx.config import Config
+from dlx.engine import Engine
 from dlx.ticket import Ticket
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]  # a coroutine, on the event loop of the tests
@@ -73,3 +76,11 @@ class Gate:
         """Let it go, for good."""
         self._engine.before_turn = None
         self._go.release()
+
+
+def read_late(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: launch t + 1 is sent before t is read, and rows have pages for both."""
+    terms, policy = engine.scheduler.terms, engine.worker.policy
+    assert engine.lag == 0 and terms.ahead is not None and policy.L is not None
+    patch.setattr(engine, "lag", 1)
+    patch.setattr(terms, "ahead", terms.ahead + policy.N * policy.L)

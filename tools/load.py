@@ -25,6 +25,7 @@ import psutil
 from dlx import LLM, SamplingParams
 from dlx.bench.overhead import overhead
 from dlx.bench.storm import Question, metric, storm
+from dlx.llm import Prompt
 from dlx.provenance import provenance
 from dlx.tasks import MIX, installed, sample
 
@@ -95,7 +96,7 @@ def _questions(n: int) -> list[Question]:
     while len(texts) < n:
         texts[sample(rng, mix, want_held=True).prompt] = None
     with LLM(device="cpu", max_num_seqs=1) as llm:
-        chats = [[{"role": "user", "content": text}] for text in texts]
+        chats: list[Prompt] = [[{"role": "user", "content": text}] for text in texts]
         return [Question(t, o.text) for t, o in zip(texts, llm.generate(chats, SamplingParams(max_tokens=MAX_TOKENS)))]
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/keys.md.
+"""Write the tables of the README, docs/performance.md and docs/keys.md.
 
 Of ops from the records in profiles/ops, of families from those in profiles/runs, of models and strategies from the
 tables of both and what binds, of the field's keys from dlx.harness.keys.
@@ -48,8 +48,8 @@ def records(folder: Path) -> dict[str, dict[str, dict[str, Record]]]:
     return found
 
 
-def tables(folder: Path, root: Path = ROOT) -> str:
-    """What the README shows of the records in `folder`; links are relative to `root`."""
+def tables(folder: Path, root: Path = ROOT, up: str = "") -> str:
+    """The records in `folder`, as tables; links are relative to `root`, behind `up`."""
     gpus = records(folder)
     if not gpus:
         return NONE
@@ -62,7 +62,7 @@ def tables(folder: Path, root: Path = ROOT) -> str:
             f"{span((r['matmul_tflops'] for r in roofs), 0)} TFLOP/s of a large bf16 matmul in the runs themselves; "
             f"cells are microseconds and the share of whichever roof binds. {versions(made)}.\n"
         )
-        at = (folder / gpu).relative_to(root).as_posix()
+        at = up + (folder / gpu).relative_to(root).as_posix()
         parts += [table(op, ops[op], at) for op in [*TITLES, *sorted(set(ops) - set(TITLES))] if op in ops]
     return "\n".join(parts)
 
@@ -258,9 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
     args = parser.parse_args(argv)
     runs = ROOT / "profiles" / "runs"
-    blocks = {"models": models(runs), "ops": tables(ROOT / "profiles" / "ops"), "families": families(runs)}
+    pages = {
+        "README.md": {"models": models(runs), "families": families(runs)},
+        "docs/performance.md": {"ops": tables(ROOT / "profiles" / "ops", ROOT, "../")},
+        "docs/keys.md": {"keys": keys()},
+    }
     stale = False
-    for page, parts in (("README.md", blocks), ("docs/keys.md", {"keys": keys()})):
+    for page, parts in pages.items():
         path = ROOT / page
         before = after = path.read_text()
         for name, block in parts.items():

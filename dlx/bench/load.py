@@ -113,10 +113,10 @@ def serve(engine: Engine, scene: Scene, max_tokens: int) -> Run:
         requests = list(engine.scheduler.waiting)
         while not engine.idle:
             before = [r.nfe for r in requests]
-            unread = engine.worker.in_flight - engine.worker.epoch
+            read = engine.worker.read
             engine.step()  # reads one launch at most, but for the last
             spent = max(r.nfe - b for r, b in zip(requests, before, strict=True))
-            if engine.worker.in_flight - engine.worker.epoch < unread:
+            if engine.worker.read > read:
                 launched.append(spent)  # 0: sent before it was known that all its rows had ended
         wall_s = time.monotonic() - began
     return Run(requests, replays, launched, wall_s, syncs.n)

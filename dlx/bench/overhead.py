@@ -32,7 +32,8 @@ class Script:
     def __init__(self, streams: int, chunks: int) -> None:
         self.policy = SimpleNamespace(L=16, filters=False)
         self.tokenizer = SimpleNamespace(encode=lambda text, most: [5])
-        self.max_len, self.took_s, self.status = 1 << 30, 0.0, cast(Status, "new")
+        self.max_len, self.took_s = 1 << 30, 0.0
+        self.status: Status = "new"
         self._streams, self._chunks, self._tickets = streams, chunks, list[Ticket]()
 
     async def start(self) -> None:

@@ -38,10 +38,11 @@ class Heard(NamedTuple):
 class Peer:
     """One connection to a server, kept for request after request."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None and parts.port is not None
         self._host, self._port = parts.hostname, parts.port
+        self._key = "" if api_key is None else f"authorization: Bearer {api_key}\r\n"
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: Json) -> Heard:
@@ -51,12 +52,12 @@ class Peer:
             self._streams = await asyncio.open_connection(self._host, self._port)
         reader, writer = self._streams
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
-        writer.write(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+        writer.write(f"{head}{self._key}content-length: {len(raw)}\r\n\r\n".encode() + raw)
         status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
         if status != 200:
             await reader.readexactly(int(headers.get("content-length", "0")))
             return Heard(status, "", None, False, 0.0, time.monotonic() - began_s, float(headers.get("retry-after", 1)))
-        text, finish, first_s, rest = "", None, 0.0, b""
+        text, finish, first_s, rest, events = "", None, 0.0, b"", list[bytes]()
         while size := int((await reader.readline()).strip(), 16):
             rest += (await reader.readexactly(size + 2))[:-2]
             *events, rest = rest.split(b"\n\n")
@@ -78,8 +79,9 @@ class Peer:
 
 
 async def storm(
-    url: str, questions: Sequence[Question], clients: int, seconds: float, look: Callable[[], Json], max_tokens: int
-) -> Json:
+    url: str, questions: Sequence[Question], clients: int, seconds: float, look: Callable[[], Json], max_tokens: int,
+    api_key: str | None = None,
+) -> Json:  # fmt: skip
     """Let clients ask for so many seconds, each one question after another; what came of it.
 
     look  figures of the server now, with `waiting`; heard twice a second
@@ -89,7 +91,7 @@ async def storm(
     heard: list[Heard] = []
 
     async def client(number: int) -> None:
-        peer, turn = Peer(url), number
+        peer, turn = Peer(url, api_key), number
         try:
             while time.monotonic() < ends_s:
                 question = questions[turn % len(questions)]
@@ -97,7 +99,7 @@ async def storm(
                 one = await peer.ask({"messages": [message], "stream": True, "max_tokens": max_tokens})
                 if one.status == 429:
                     counts["put_off"] += 1
-                    await asyncio.sleep(one.retry_s)
+                    await asyncio.sleep(min(one.retry_s, max(ends_s - time.monotonic(), 0.0)))
                     continue
                 turn += clients
                 heard.append(one)

@@ -20,7 +20,7 @@ COMMANDS = {
     "chat": ("answers:chat", "Talk, turn by turn: /reset forgets, /exit leaves."),
     "serve": ("serving:serve", "Serve a model over HTTP, as OpenAI's API."),
     "eval": ("evaluation:evaluate", "Measure accuracy, tokens per forward and speed on tasks."),
-    "bench": ("bench:bench", "Measure speed: latency, throughput, startup, roofline."),
+    "bench": ("bench:bench", "Measure speed: latency, throughput, startup, roofline, serve."),
     "profile": ("graphs:profile", "Record steps of one answer: a trace, and where their time goes."),
     "tune": ("bench:tune", "Search launch configurations of the kernels on this GPU, and record them."),
     "pack": ("graphs:pack", "Compile a model's graphs once, and keep them for a fast start; prints the folder."),

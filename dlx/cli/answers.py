@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,27 +53,58 @@ def generate(
 
 
 @taking(engine=flags(ENGINE), sampling=flags(SAMPLING))
-def chat(*, json: Json = False, engine: Given = NONE, sampling: Given = NONE, call: Call = PLAIN) -> None:
+def chat(
+    *,
+    url: Annotated[str | None, Parameter(help="Talk with the server there instead of loading a model.")] = None,
+    api_key: Annotated[str | None, Parameter(help="The server's key; else $DLX_API_KEY.")] = None,
+    json: Json = False,
+    engine: Given = NONE,
+    sampling: Given = NONE,
+    call: Call = PLAIN,
+) -> None:
     """Talk, turn by turn: /reset forgets, /exit leaves."""
-    from dlx.live import ask, tell
+    from dlx.live import tell
 
     set_logging(call.debug)
     found = asked(call, engine, sampling, {"max_num_seqs": 1})
+    if url is None:
+        with loading.load(found) as llm:
+            params = found.sampling
+            talk(lambda turn: tell(llm, turn, params, as_json=json).text, lambda t: trimmed(llm, t, params.max_tokens))
+        return
+    if engine.values():
+        flag = ENGINE.knobs[min(engine.values())].flag
+        raise RequestError(f"{flag} is a matter of the server at {url}; leave it out")
+    if not url.startswith(("http://", "https://")):
+        raise RequestError(f"--url {url} is not allowed; use http://HOST:PORT")
+
+    from dlx.cli import remote
+
+    key = found.key if api_key is None else api_key
+    said = {name: one.value for name, one in found.values["sampling"].items()}
+    talk(lambda turn: remote.tell(url.rstrip("/"), key, turn, said, as_json=json))
+
+
+def talk(tell: Callable[[list[Message]], str], trim: Callable[[list[Message]], list[Message]] = list) -> None:
+    """Ask for lines and answer them until there are no more; a turn that fails is forgotten.
+
+    tell  shows the answer to all turns so far, and returns it
+    trim  the turns that there is room for
+    """
+    from dlx.live import ask
+
     messages: list[Message] = []
-    with loading.load(found) as llm:
-        notice("/reset forgets, /exit leaves")
-        while (line := ask()) not in (None, "/exit"):
-            if line == "/reset":
-                messages = []
-                notice("forgotten")
-            elif line:
-                try:
-                    turn = [*messages, {"role": "user", "content": loading.checked(line)}]
-                    turn = trimmed(llm, turn, found.sampling.max_tokens)
-                    output = tell(llm, turn, found.sampling, as_json=json)
-                    messages = [*turn, {"role": "assistant", "content": output.text}]
-                except DlxError as error:
-                    complain(error)
+    notice("/reset forgets, /exit leaves")
+    while (line := ask()) not in (None, "/exit"):
+        if line == "/reset":
+            messages = []
+            notice("forgotten")
+        elif line:
+            try:
+                turn = trim([*messages, {"role": "user", "content": loading.checked(line)}])
+                messages = [*turn, {"role": "assistant", "content": tell(turn)}]
+            except DlxError as error:
+                complain(error)
 
 
 def trimmed(llm: LLM, turn: list[Message], max_tokens: int) -> list[Message]:

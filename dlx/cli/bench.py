@@ -155,6 +155,29 @@ def roofline(*, stage: Stage = STAGE, report: Report = REPORT, engine: Given = N
 
 
 @bench.command
+def serve(
+    url: Annotated[str, Parameter(help="Where the server is.")] = "http://127.0.0.1:8000",
+    /,
+    *,
+    clients: Annotated[Whole, Parameter(help="Clients that ask at once, each one question after the other.")] = 16,
+    seconds: Annotated[float, Parameter(help="How long they ask.")] = 30.0,
+    questions: Annotated[Whole, Parameter(help="Different questions, of the bundled tasks.")] = 32,
+    max_tokens: Annotated[Whole, Parameter(help="Tokens of an answer at most.")] = 48,
+    api_key: Annotated[str | None, Parameter(help="The server's key; else $DLX_API_KEY.")] = None,
+    report: Report = REPORT,
+    call: Call = PLAIN,
+) -> int:
+    """A running server under load: latency, requests a second, lost answers and such as differ from those alone."""
+    set_logging(call.debug)
+    key = asked(call).key if api_key is None else api_key
+    from dlx.bench import clients as load
+
+    record = load.serve(url.rstrip("/"), clients, seconds, questions, max_tokens, key)
+    report.tell(record | {"command": command()}, load.sentence)
+    return int(bool(record["failed"] or record["lost"]))
+
+
+@bench.command
 def shapes(*, json: Annotated[bool, Parameter(help="Print one JSON list.")] = False) -> None:
     """List the names that --shape takes."""
     from dlx.bench.arguments import SHAPES

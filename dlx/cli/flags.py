@@ -92,6 +92,11 @@ class Asked(NamedTuple):
     server: Options
     values: dict[str, Values]
 
+    @property
+    def key(self) -> str | None:
+        """The key of a server, as a client sends it."""
+        return None if self.server.api_key is None else self.server.api_key.get_secret_value()
+
     def told(self, call: Callable[[], T]) -> T:
         """What a call returns; an error about a setting begins with where that setting stands."""
         return with_sources(call, {n: v for name in ("serve", "engine") for n, v in self.values[name].items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from dlx.cli.notices import log, notice, set_logging
 from dlx.doctor import settle
 from dlx.errors import ConfigError
 
-EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client")  # what `pip install 'dlx[serve]'` brings
+EXTRA = ("fastapi", "uvicorn", "prometheus_client")  # what `pip install 'dlx[serve]'` brings
 
 
 @taking(server=flags(SERVE), engine=flags(ENGINE))
@@ -28,17 +29,13 @@ def serve(
     """Serve a model over HTTP, as OpenAI's API, until a signal ends it: 0 after SIGTERM, 130 after ctrl-C."""
     set_logging(call.debug)
     found = asked(call, chosen(engine, model), server=server)
-    try:
-        from dlx.serve.run import serve as run
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in EXTRA:
-            raise
-        raise ConfigError(
-            f"dlx serve needs {error.name}, which is not installed; run pip install 'dlx[serve]'"
-        ) from None
+    for name in EXTRA:
+        if find_spec(name) is None:
+            raise ConfigError(f"dlx serve needs {name}, which is not installed; run pip install 'dlx[serve]'")
     settle(found.engine.device)
 
     from dlx.config import Config
+    from dlx.serve.run import serve as run
 
     given = found.engine.given()
     if found.engine.model is None:  # the bundled one: its page shows how sure it is

@@ -125,7 +125,8 @@ class Graphs:
                 fn()
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
-        with torch.cuda.graph(graph, pool=self._pool):
+        # what other threads do meanwhile, with a model of their own, say, is none of the capture's business
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             fn()
         self._kept.append(graph)
         return graph

@@ -19,7 +19,7 @@ class Options(BaseModel):
     Any: `llm` and `params` hold what LLM and SamplingParams take, and those check it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     tasks: tuple[str, ...] = Field(
         default=("tiny",),

@@ -63,8 +63,8 @@ class Decoder(nn.Module):
         self.layers = cast("Sequence[Layer]", nn.ModuleList(Layer(card, i, device, dtype) for i in range(card.layers)))
         self.norm = RMSNorm(card.hidden, card.eps, device, dtype)
         self.lm_head = self.table if card.tied else parameter(card.vocab, card.hidden, device=device, dtype=dtype)
-        half = torch.arange(0, card.rotary, 2, dtype=torch.float32, device=device) / card.rotary
-        self.register_buffer("frequencies", card.theta**-half, persistent=False)
+        half = torch.arange(0, card.rotary, 2, dtype=torch.float32) / card.rotary  # on meta it would import Dynamo
+        self.register_buffer("frequencies", (card.theta**-half).to(device), persistent=False)
         self.number = numbered(self)
 
     def embed(self, tok: Tensor) -> Tensor:

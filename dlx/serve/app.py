@@ -93,7 +93,7 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
             return JSONResponse(whole(head, await choices.answers(request.receive), choices.prompts), headers=told)
         encoder = encoder_of(body, head, len(call.choices))
         choices = Choices(engine, call, encoder.watch, metrics)
-        return EventStream(choices.events(encoder), options.ping_s, told)
+        return EventStream(choices.events(encoder), choices.leave, options.ping_s, told)
 
     @app.post("/v1/chat/completions", openapi_extra=_body("Chat"))
     async def chat(request: Request) -> Response:
@@ -121,7 +121,7 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         """The text of ids, special tokens left out."""
         body, unknown = parsed(Detokenize, await request.body(), options.strict_requests)
         served(body.model)
-        return JSONResponse({"prompt": engine.tokenizer.decode(body.tokens)}, headers=warning(unknown))
+        return JSONResponse({"prompt": await desk.decoded(body.tokens)}, headers=warning(unknown))
 
     def entry(name: str) -> dict[str, object]:
         facts: dict[str, object] = {"version": dlx.__version__}

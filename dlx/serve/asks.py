@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dlx.graphs.policies import POLICIES
 from dlx.request import COLDEST, SamplingParams
@@ -18,8 +18,11 @@ from dlx.serve.protocol import Chat, Completion, Message, Own, Sampling
 if TYPE_CHECKING:
     from dlx.async_engine import AsyncEngine
 
-INLINE_CHARS = 4096  # texts up to this are encoded on the event loop: about a millisecond
+INLINE = 4096  # characters that are encoded, and ids that are decoded, on the event loop: about a millisecond
 NUMBERS = ("threshold", "open_at", "force_at", "edit", "remask", "stability", "max_nfe", "max_repetition_run")
+
+
+T = TypeVar("T")
 
 
 class Call(NamedTuple):
@@ -58,6 +61,11 @@ class Desk:
         if params.seed is not None and params.seed + n > 2**63:
             raise Fault(400, "invalid_value", f"seed={params.seed} with n={n} passes 2^63 - 1", "seed")
         prompts = [await self.chat(body.messages)] if isinstance(body, Chat) else await self._prompts(body.prompt)
+        if n * len(prompts) > options.max_queued:
+            text = (
+                f"{n * len(prompts)} choices can never be taken at once: at most {options.max_queued} requests may wait"
+            )
+            raise Fault(400, "invalid_value", text, "n")
         asked = body.max_tokens if body.max_tokens is not None else getattr(body, "max_completion_tokens", None)
         fitted = [replace(params, max_tokens=self._room(len(ids), asked)) for ids in prompts]
         each = [p if p.seed is None else replace(p, seed=p.seed + i) for p in fitted for i in range(n)]
@@ -67,30 +75,29 @@ class Desk:
         """Ids of a conversation, in the model's own template."""
         plain = [message.plain() for message in messages]
         chars = sum(len(message["content"]) for message in plain)
-        return await self._encoded(chars, partial(self._engine.tokenizer.chat, plain, most=self._engine.max_len))
+        return await self._elsewhere(chars, partial(self._engine.tokenizer.chat, plain, most=self._engine.max_len))
 
-    async def text(self, text: str) -> list[int]:
-        """Ids of a text."""
-        return await self._encoded(len(text), partial(self._engine.tokenizer.encode, text, most=self._engine.max_len))
+    async def text(self, text: str, beside: int = 0) -> list[int]:
+        """Ids of a text; `beside` are the characters of others that are encoded for the same request."""
+        work = partial(self._engine.tokenizer.encode, text, most=self._engine.max_len)
+        return await self._elsewhere(len(text) + beside, work)
 
-    async def _encoded(self, chars: int, work: Callable[[], list[int]]) -> list[int]:
-        if chars <= INLINE_CHARS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def decoded(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return await self._elsewhere(len(self._given(ids)), partial(self._engine.tokenizer.decode, ids))
+
+    async def _elsewhere(self, size: int, work: Callable[[], T]) -> T:
+        """Do small work here and now, other work in a thread."""
+        return work() if size <= INLINE else await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _prompts(self, prompt: Any) -> list[list[int]]:  # Any: one of four shapes, which protocol.py checked
-        if isinstance(prompt, str):
-            return [await self.text(prompt)]
-        if isinstance(prompt[0], int):
-            return [self._given(prompt)]
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            prompt = [prompt]
         if len(prompt) > self._options.max_prompts:
-            raise Fault(
-                400,
-                "invalid_value",
-                f"{len(prompt)} prompts; at most {self._options.max_prompts} are allowed",
-                "prompt",
-            )
-        return [await self.text(one) if isinstance(one, str) else self._given(one) for one in prompt]
+            text = f"{len(prompt)} prompts; at most {self._options.max_prompts} are allowed"
+            raise Fault(400, "invalid_value", text, "prompt")
+        chars = sum(len(one) for one in prompt if isinstance(one, str))
+        return [await self.text(one, chars) if isinstance(one, str) else self._given(one) for one in prompt]
 
     def _given(self, ids: list[int]) -> list[int]:
         if len(ids) > self._engine.max_len:

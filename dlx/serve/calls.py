@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 from dlx.errors import EngineError
 from dlx.request import Chunk
-from dlx.serve.admission import Gone
+from dlx.serve.admission import RETRY_S, Gone
 from dlx.serve.asks import Call
 from dlx.serve.faults import Fault, fault_of
 from dlx.serve.metrics import Metrics
@@ -35,10 +35,14 @@ class Choices:
         try:
             for prompt, params in call.choices:
                 self._tickets.append(engine.submit(prompt, params, watch=watch, timeout_s=call.timeout_s))
-        except BaseException:
+        except BaseException as error:
             self._drop()
+            status = engine.health().status
+            if isinstance(error, EngineError) and status != "ready":
+                raise Fault(503, status, str(error), retry_after_s=RETRY_S) from None
             raise
         self._open = len(self._tickets)  # those that have not ended
+        self._reason = "disconnect"  # why they are dropped, if they are
 
     @property
     def prompts(self) -> list[int]:
@@ -58,7 +62,7 @@ class Choices:
             for task in (work, left):
                 task.cancel()
             await asyncio.gather(work, left, return_exceptions=True)
-            self._leave()
+            self.leave()
 
     async def events(self, encoder: Encoder) -> AsyncGenerator[bytes, None]:
         """What a stream sends: a fault is an event, and no [DONE] follows it."""
@@ -83,10 +87,12 @@ class Choices:
                 yield last
             yield DONE
         except Exception as error:
-            fault = self._failed(error)
+            fault = self._fault(error)
+            self._open -= 1
+            self._metrics.ended("failed", fault.code)
             yield failure(fault)
         finally:
-            self._leave()
+            self.leave()
 
     async def _news(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all, as they come; the number of the choice with each."""
@@ -123,7 +129,8 @@ class Choices:
                 raise fault
             assert last is not None and last.output is not None
         except Exception as error:
-            raise self._failed(error) from None
+            self._open -= 1  # whoever answers with the fault counts it
+            raise self._fault(error) from None
         seen = Seen(last, last.output, blocks)
         self._ended(seen)
         return seen
@@ -133,19 +140,18 @@ class Choices:
         finished = REASONS[seen.output.finish_reason] != "abort"
         self._metrics.ended("finished" if finished else "aborted", detail(seen.output), seen.output, seen.blocks)
 
-    def _failed(self, error: Exception) -> Fault:
+    def _fault(self, error: Exception) -> Fault:
         """The fault to tell of; one that nobody expected is logged."""
         fault = fault_of(error)
         if fault.code == "internal_error":
             log.error("a request failed", exc_info=error)
-        self._open -= 1
-        self._metrics.ended("failed", fault.code)
+        self._reason = "other_choice"
         return fault
 
-    def _leave(self) -> None:
-        """Drop what has not ended, as its client has gone or another choice failed."""
+    def leave(self) -> None:
+        """Drop what has not ended, as its client has gone or another choice failed; may be called again."""
         for _ in range(self._open):
-            self._metrics.ended("aborted", "disconnect")
+            self._metrics.ended("aborted", self._reason)
         self._open = 0
         self._drop()
 

@@ -42,19 +42,26 @@ class Metrics:
     def __init__(self, engine: AsyncEngine) -> None:
         self._registry = CollectorRegistry(auto_describe=True)
         self._registry.register(Scrape(engine))
-        own = {"registry": self._registry}
-        self.requests = Counter("dlx_requests", "Requests by how they ended", ("outcome", "reason"), **own)
-        self.http = Gauge("dlx_http_requests_in_progress", "HTTP requests in progress", **own)
+        own = self._registry
+        self.requests = Counter("dlx_requests", "Requests by how they ended", ("outcome", "reason"), registry=own)
+        self.http = Gauge("dlx_http_requests_in_progress", "HTTP requests in progress", registry=own)
         self.first = Histogram(
-            "dlx_time_to_first_block_seconds", "From arrival to the first block", buckets=SECONDS, **own
+            "dlx_time_to_first_block_seconds", "From arrival to the first block", buckets=SECONDS, registry=own
         )
         self.block = Histogram(
-            "dlx_time_per_output_block_seconds", "Mean of a request, from the first block on", buckets=SECONDS, **own
+            "dlx_time_per_output_block_seconds",
+            "Mean of a request, from the first block on",
+            buckets=SECONDS,
+            registry=own,
         )
-        self.queue = Histogram("dlx_request_queue_time_seconds", "From arrival to admission", buckets=SECONDS, **own)
-        self.total = Histogram("dlx_e2e_request_latency_seconds", "From arrival to the end", buckets=SECONDS, **own)
-        self.parallel = Histogram("dlx_tokens_per_forward", "Of a request", buckets=TOKENS, **own)
-        Gauge("dlx_build_info", "1", ("version",), **own).labels(dlx.__version__).set(1)
+        self.queue = Histogram(
+            "dlx_request_queue_time_seconds", "From arrival to admission", buckets=SECONDS, registry=own
+        )
+        self.total = Histogram(
+            "dlx_e2e_request_latency_seconds", "From arrival to the end", buckets=SECONDS, registry=own
+        )
+        self.parallel = Histogram("dlx_tokens_per_forward", "Of a request", buckets=TOKENS, registry=own)
+        Gauge("dlx_build_info", "1", ("version",), registry=own).labels(dlx.__version__).set(1)
 
     def ended(self, outcome: str, reason: str, output: Output | None = None, blocks: int = 0) -> None:
         """Count one request.

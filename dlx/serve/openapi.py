@@ -61,7 +61,7 @@ def described(app: FastAPI) -> dict[str, Any]:  # Any: a document of JSON
                 if route in ("/health", "/ready"):
                     good["503"]["content"] = state
                 if route in STREAMED:
-                    good["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                    good["200"]["content"]["text/event-stream"] = {"schema": {}}  # of each event; see Encoder
                 if route == "/metrics":
                     good["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
         app.openapi_schema = document

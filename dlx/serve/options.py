@@ -16,7 +16,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Options(BaseModel):
     """Options of `dlx serve`; those of the engine are `dlx.config.Config`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     host: str = Field(default="127.0.0.1", description="Address to listen at; one that others reach needs api_key.")
     port: int = Field(default=8000, strict=True, ge=0, le=65535, description="Port to listen at; 0 takes a free one.")

@@ -80,7 +80,7 @@ class Own(BaseModel):
     fixed: Annotated[list[tuple[Id, Id]], Field(fail_fast=True, max_length=65536)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
-    timeout_s: Annotated[float, Field(gt=0)] | None = None
+    timeout_s: Annotated[float, Field(ge=1)] | None = None
     policy: str | None = Field(default=None, description="Must be the server's: one policy is compiled.")
     block_length: int | None = Field(default=None, description="Must be the server's.")
 

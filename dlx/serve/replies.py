@@ -74,6 +74,7 @@ def end(output: Output) -> Json:
         "finish_detail": detail(output),
         "nfe": output.nfe,
         "prefill_forwards": output.prefill_forwards,
+        "cached_tokens": output.cached_tokens,
         "tokens_per_forward": round(output.tokens_per_forward, 3),
         "first_block_s": round(output.timings.first_block_s, 6),
         "total_s": round(output.timings.total_s, 6),
@@ -91,10 +92,15 @@ def detail(output: Output) -> str:
 
 
 def usage(outputs: Sequence[Output], prompts: Sequence[int]) -> Json:
-    """Tokens of prompts, each counted once however many choices it has, and of answers; denoise forwards."""
+    """Tokens of prompts, each counted once however many choices it has, and of answers; denoise forwards.
+
+    Of prompts that were in the prefix cache it tells the mean of their choices.
+    """
     tokens, nfe = sum(o.tokens for o in outputs), sum(o.nfe for o in outputs)
+    cached = sum(o.cached_tokens for o in outputs) * len(prompts) // max(len(outputs), 1)
     return {
         "prompt_tokens": sum(prompts),
+        "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens": tokens,
         "total_tokens": sum(prompts) + tokens,
         "dlx": {"nfe": nfe, "tokens_per_forward": round(tokens / max(nfe, 1), 3)},

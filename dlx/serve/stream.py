@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Protocol
 
 from starlette.responses import Response
@@ -62,31 +62,40 @@ async def gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Events as they come; a comment in every `ping_s` of silence. Whatever ends it closes the generator.
+    """Events as they come; a comment in every `ping_s` of silence.
 
     events  raises nothing but what is to be logged: faults are events
+    leave   called however the response ends, also where its events were never asked for
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], ping_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        leave: Callable[[], object],
+        ping_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
-        self._events, self._ping_s, self._sent_s = events, ping_s, 0.0
+        self._events, self._leave, self._ping_s, self._sent_s = events, leave, ping_s, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        self._sent_s = loop.time()
-        tasks = [loop.create_task(work) for work in (self._send(send), gone(receive), self._ping(send))]
+        tasks: list[asyncio.Task[None]] = []
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._sent_s = loop.time()
+            tasks += [loop.create_task(work) for work in (self._send(send), gone(receive), self._ping(send))]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            ended = tasks[0].done()
+            ended = bool(tasks) and tasks[0].done()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._events.aclose()
+            self._leave()
         if not ended:
             log.info("499 %s: the client went away", scope["path"])
         elif not tasks[0].cancelled():

@@ -66,4 +66,6 @@ def test_importing_dlx_imports_none_of_its_heavy_dependencies() -> None:
 
 
 def test_the_eager_path_starts_without_the_compiler_and_without_transformers() -> None:
-    assert not {"transformers", "torch._dynamo"} & loaded_after("import dlx; dlx.LLM")
+    llm = 'dlx.LLM("tests/data/nano", device="cpu", graphs="off", dtype="float32")'
+    loaded = loaded_after(f"import dlx; {llm}.generate('1 + 1', dlx.SamplingParams(max_tokens=4))")
+    assert not {"transformers", "torch._dynamo", "torch._inductor"} & loaded

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dlx.cli import loading, main
+from dlx.cli.batch import read
+from dlx.errors import DlxError
 from dlx.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -118,3 +123,20 @@ def test_what_cannot_be_read_or_written_is_told_before_a_model_is_loaded(
     assert main(["generate", *args]) == 2
     assert named in capsys.readouterr().err
     assert records(tmp_path / "in.jsonl") == [{"prompt": "hi"}]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["prompt", "messages", "params", "role", "content", "stop", "fixed"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON.map(json.dumps) | st.text())
+def test_any_line_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(DlxError, ValueError):
+        assert read(1, text, SamplingParams(), raw=False).number == 1

@@ -55,7 +55,7 @@ def test_no_forward_runs_after_the_answer_is_settled(name: str, N: int) -> None:
             running = ~buf.done
             step_(policy, Ids(MASK, V), net, buf, kv, out)
             for row in running.nonzero().flatten().tolist():
-                n, _, why = out[row, -3:].tolist()
+                n, _, why, _ = out[row, -buffer.FACTS :].tolist()
                 told = known(policy, buf, row)
                 limit, start = int(buf.ints[row, 0]), int(buf.start[row])
                 room = limit - start - int(buf.held[row].sum())
@@ -137,7 +137,7 @@ def test_a_budget_is_set_from_the_first_forwards() -> None:
                 tokens = int(buf.start[0]) + int((buf.tok[0] != MASK).sum()) - int(row["prompt"])
                 budget = max(warm, -(-40 * warm // max(tokens, warm)))
         assert budget is not None
-        nfe, why = out[0, -2:].tolist()
+        _, nfe, why, _ = out[0, -buffer.FACTS :].tolist()
         assert nfe == min(budget, most)
         assert (why == buffer.MAX_NFE) == (budget < most)
         cuts += budget < most

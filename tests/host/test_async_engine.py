@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dlx import LLM, AsyncEngine, BusyError, Chunk, EngineError, ModelError, Output, RequestError, SamplingParams
 from dlx.async_engine import Limits
+from dlx.engine import Engine
 from dlx.request import Finish
 from tests.loops import Gate, Run, answered, at_rest, configured, read
 
@@ -91,6 +93,34 @@ def test_a_request_that_can_never_run_is_refused_at_once(engine: AsyncEngine, ru
         with pytest.raises(RequestError):
             run(ask(prompt, params))
     assert at_rest(engine)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan")])
+def test_a_timeout_that_is_no_time_is_refused(engine: AsyncEngine, timeout_s: float) -> None:
+    with pytest.raises(RequestError, match="pass seconds above 0"):
+        engine.submit(PROMPTS[0], LONG, timeout_s=timeout_s)
+
+
+def test_the_graphs_are_made_before_requests_may_come(nano: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncEngine(configured(nano))
+    seen: list[str] = []
+    monkeypatch.setattr(Engine, "prepare", lambda self: seen.append(engine.health().status))
+    run(engine.start())
+    run(engine.close())
+    assert seen == ["starting"]
+
+
+@pytest.mark.parametrize(("device", "made"), [("cpu", 0), ("cuda", 1)])
+def test_without_graphs_a_gpu_has_kernels_to_make_before_requests_may_come(
+    nano_llm: LLM, monkeypatch: pytest.MonkeyPatch, device: str, made: int
+) -> None:
+    """The first step would take longer than a watchdog waits."""
+    engine, seen = nano_llm.engine, list[object]()
+    assert engine.worker.config.graphs == "off"
+    monkeypatch.setattr(engine.worker, "device", torch.device(device))
+    monkeypatch.setattr(engine.worker, "prepare", lambda *buckets: seen.append(buckets))
+    engine.prepare()
+    assert len(seen) == made
 
 
 @pytest.mark.parametrize(
@@ -235,6 +265,25 @@ def test_a_full_queue_refuses_and_those_who_run_go_on(
             return [*outputs, await answered(engine.submit(PROMPTS[4], LONG))]
 
     assert [out.token_ids for out in run(ask())] == alone[:5]
+
+
+def test_who_finds_a_free_slot_does_not_count_as_waiting(
+    fresh: Callable[..., AsyncEngine], run: Run, alone: list[list[int]]
+) -> None:
+    """All of them come within one turn, which has yet to give out its two slots."""
+    engine = fresh(max_queued=1)
+
+    async def ask() -> list[Output]:
+        with Gate(engine) as gate:
+            tickets = [engine.submit(PROMPTS[0], LONG)]
+            await gate.held()
+            tickets += [engine.submit(prompt, LONG) for prompt in PROMPTS[1:3]]
+            with pytest.raises(BusyError, match="3 requests wait, of 3"):
+                engine.submit(PROMPTS[3], LONG)
+            gate.open()
+            return [await answered(ticket) for ticket in tickets]
+
+    assert [out.token_ids for out in run(ask())] == alone[:3]
 
 
 def test_waiting_tokens_are_bounded_but_one_request_may_always_wait(

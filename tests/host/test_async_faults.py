@@ -222,3 +222,45 @@ def test_a_thread_that_comes_back_ends_and_harms_nobody(start: Callable[..., Asy
 
     run(ask())
     assert engine.stats().running == 0
+
+
+def test_a_close_does_not_wait_for_a_step_that_hangs(
+    start: Callable[..., AsyncEngine], run: Run, hang: Callable[[], None]
+) -> None:
+    engine, held = start(watchdog_s=1.0), asyncio.Event()
+
+    async def ask() -> list[Chunk | str]:
+        loop = asyncio.get_running_loop()
+        engine.engine.before_turn = lambda: (loop.call_soon_threadsafe(held.set), hang())
+        ticket = engine.submit(PROMPTS[0], LONG)
+        await held.wait()
+        await engine.close()
+        return await ends([ticket])
+
+    assert run(ask()) == ["the engine failed: a step takes longer than watchdog_s=1"]
+    assert engine.health() == ("closed", "a step takes longer than watchdog_s=1")
+
+
+def test_a_thread_that_dies_while_it_is_closed_fails_those_who_wait(
+    start: Callable[..., AsyncEngine], run: Run
+) -> None:
+    engine, held, go = start(), asyncio.Event(), threading.Event()
+
+    async def ask() -> list[Chunk | str]:
+        loop = asyncio.get_running_loop()
+
+        def die() -> None:
+            loop.call_soon_threadsafe(held.set)
+            go.wait()
+            raise RuntimeError("the device is lost")
+
+        engine.engine.before_turn = die
+        ticket = engine.submit(PROMPTS[0], LONG)
+        await held.wait()
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)
+        go.set()
+        await closing
+        return await ends([ticket])
+
+    assert run(ask()) == ["the engine failed: RuntimeError: the device is lost"]

@@ -2,7 +2,7 @@
 
 Python blocks run, each as a file. Commands of dlx are parsed, all of them; those that a CPU can run run too, with the
 nano model and a prompt or two where the page has more. Servers, benches and tunings are parsed alone, as is what needs
-a GPU. What pages ask of a server is asked in tests/serve: test_serving_page.py, test_denoise.py.
+a GPU. What pages ask of a server is asked in tests/serve; the page of the command line has tests/cli/test_pages.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ BLOCKS = [(page, i) for page in PAGES for i in range(len(blocks(page, "python"))
 COMMANDS = [(page, line) for page in PAGES for line in commands(page)]
 # what is parsed and not run: they do not end, or need a GPU or minutes
 PARSED = re.compile(r"^(dlx (serve|bench|tune|pack|chat)\b|nsys |ncu )|--graphs capture|--tool cuda")
-OTHERS = re.compile(r"^(curl |nsys stats|TRITON_INTERPRET=1 python -m pytest |pip |make )")
+OTHERS = re.compile(r"^(curl |echo |nsys stats|TRITON_INTERPRET=1 python -m pytest |pip |make )")
 PLACES = ("path/to/SDAR-8B-Chat", "path/to/checkpoint")
+
+
+def ends(line: str) -> bool:
+    """Whether a command is one of dlx that a CPU runs to its end."""
+    return line.startswith("dlx ") and not PARSED.search(line)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, SUMS)))
     (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, CODE)).encode()))
+    (folder / "prompts.jsonl").write_text(blocks(ROOT / "docs" / "cli.md", "json")[0])
     (folder / "run.yaml").write_text(blocks(ROOT / "docs" / "keys.md", "yaml")[0])
     return folder
 
@@ -69,7 +75,7 @@ def test_a_command_is_one_that_there_is(page: Path, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("page", "line"),
-    [(page, line) for page, line in COMMANDS if line.startswith("dlx ") and not PARSED.search(line)],
+    [(page, line) for page, line in COMMANDS if page.name != "cli.md" and ends(line)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_command_runs(page: Path, line: str, folder: Path, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dlx.documents import LONGEST_BYTES, read
 from dlx.errors import ConfigError
@@ -62,6 +65,13 @@ def test_what_is_not_plain_is_refused_where_it_stands(tmp_path: Path, text: str 
         read(written(tmp_path, text))
     assert named in str(caught.value)
     assert "settings.yaml" in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.text("ab:-[]{},'\"\n #&*!|>?%@~01.e").map(str.encode))
+def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
+    with contextlib.suppress(ConfigError):
+        assert isinstance(read(written(tmp_path, data)), dict)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from dlx import LLM, Chunk, EngineError, SamplingParams
 from dlx.engine import FAILURES, Engine
 from dlx.request import Finish
+from tests.loops import read_late
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True, threshold=0.9)
 PROMPTS = [[72 + n] * (9 + 7 * n) for n in range(4)]
@@ -86,13 +87,14 @@ def finished(engine: Engine, chunks: list[Chunk] | None = None) -> dict[int, Chu
     return last
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_was_in_the_step_fails_and_what_waits_goes_on(
-    llm: LLM, alone: list[list[int]], fault: Fault, place: str, lag: int, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, alone: list[list[int]], fault: Fault, place: str, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llm.engine
-    monkeypatch.setattr(engine, "lag", lag)
+    if late:
+        read_late(engine, monkeypatch)
     ids = engine.add_all([(prompt, LONG) for prompt in PROMPTS])
     chunks = engine.step()
     fault(PLACES[place](engine), ValueError("boom\nof two lines"))
@@ -117,7 +119,7 @@ def test_what_a_launch_before_has_finished_does_not_fail(
     llm: LLM, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llm.engine
-    monkeypatch.setattr(engine, "lag", 1)
+    read_late(engine, monkeypatch)
     short, long = engine.add_all([(PROMPTS[0], replace(LONG, max_nfe=1)), (PROMPTS[1], LONG)])
     assert engine.step() == []  # the launch that finishes the first is not read
     fault((engine.worker, "launch"), ValueError("boom"))
@@ -216,6 +218,50 @@ def test_an_interrupt_passes_through_and_costs_no_request_anything(
         engine.step()
     last = finished(engine, chunks)
     assert [out.token_ids for id in ids if (out := last[id].output)] == alone[:3]
+
+
+def test_after_an_interrupt_what_is_unread_is_read_before_more_is_planned(
+    llm: LLM, alone: list[list[int]], fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages are given for one launch that is unread: a row with more of them would run on in pages of others."""
+    engine, unread = llm.engine, list[int]()
+    read_late(engine, monkeypatch)
+    ids = engine.add_all([(prompt, LONG) for prompt in PROMPTS[:2]])
+    chunks = engine.step()
+    for _ in range(2):
+        fault((engine.worker, "harvest"), KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    plan = engine.scheduler.plan
+    monkeypatch.setattr(engine.scheduler, "plan", lambda: (unread.append(engine.worker.in_flight), plan())[1])
+    last = finished(engine, chunks)
+    assert max(unread) == 1
+    assert [out.token_ids for id in ids if (out := last[id].output)] == alone[:2]
+
+
+def test_no_more_launches_of_prompts_alone_are_sent_ahead_than_of_steps(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a long prompt is on the device before the host looks up, and an abort of it comes too late."""
+    engine = llm.engine
+    read_late(engine, monkeypatch)
+    monkeypatch.setattr(engine.scheduler, "budget", 64)
+    (id,) = engine.add_all([([72] * 400, LONG)])
+    for _ in range(3):
+        engine.step()
+        assert engine.worker.in_flight == 1
+    assert engine.scheduler.running[0].filled == 192
+    engine.abort(id)
+
+
+def test_prompts_that_are_prefilled_do_not_hide_that_every_step_fails(other: Engine, fault: Fault) -> None:
+    other.scheduler.budget = 64
+    ids = other.add_all([([72] * 100, LONG)] * 2 * FAILURES)
+    fault((other.worker.net, "head"), RuntimeError("boom"), times=99)
+    last = finished(other)
+    assert [last[id].finish for id in ids] == [Finish.ERROR] * len(ids)
+    with pytest.raises(EngineError, match=f"{FAILURES} steps in a row failed"):
+        other.step()
 
 
 def test_an_interrupt_while_results_are_booked_ends_their_requests(llm: LLM, fault: Fault) -> None:

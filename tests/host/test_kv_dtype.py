@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,13 @@ def test_a_bench_counts_and_fills_fp8_pages(nano: Path) -> None:
     stand(small, scene)
     assert small.kv[0].dtype == torch.float8_e4m3fn
     assert (small.kv[0].float() != 0).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3", "fp8_e5m2"])
+def test_recorded_accuracy_with_fp8_pages_is_within_a_hundredth(kind: str) -> None:
+    runs = Path(__file__).parents[2] / "profiles" / "runs" / "cpu"
+    small, wide = (json.loads((runs / f"tiny--single_bd{name}.json").read_text()) for name in (f"--{kind}", ""))
+    assert (small["run"]["kv_dtype"], small["prompts"]["n"], len(small["prompts"]["tasks"])) == (
+        str(KINDS[kind]).removeprefix("torch."), wide["prompts"]["n"], len(wide["prompts"]["tasks"]),
+    )  # fmt: skip
+    assert abs(small["thresholds"]["0.9"]["accuracy"] - wide["thresholds"]["0.9"]["accuracy"]) <= 0.01

@@ -111,10 +111,11 @@ class Machine(RuleBasedStateMachine):
     def harvest_that_fails(self) -> None:
         """The rows of the launch are lost."""
         plan, _ = self.device.harvest()
-        for slot, request in plan.running.items():
-            if self.s.running.get(slot) is request:
+        for request in plan.running.values():
+            request.flying -= 1
+            slot = self.s.abort(request.id, Finish.ERROR)
+            if slot is not None:
                 self.device.stop(slot)
-        assert all(request.finish is Finish.ERROR for request in self.s.fail(plan.running))
 
     @precondition(lambda self: self.asked)
     @rule()
@@ -148,7 +149,11 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=60,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 
 

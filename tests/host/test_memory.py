@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlx import LLM, memory
+from dlx import LLM, SamplingParams, memory
 from dlx.config import Config
 from dlx.errors import CapacityError, ModelError
 from dlx.graphs.shapes import page_bytes
@@ -23,6 +23,7 @@ from dlx.models.card import Card
 from dlx.network import numbers
 from dlx.weights import read_config
 from dlx.worker import Worker
+from tests import families, gemma
 
 GIB = 1 << 30
 CUDA = torch.device("cuda")
@@ -150,12 +151,25 @@ def test_a_page_takes_what_is_said_of_it(nano: Path, kind: str | None, itemsize:
     assert took == 6 * page_bytes(worker.card.kv, worker.shapes.S, itemsize)
 
 
-def test_the_rehearsal_runs_eagerly_with_a_few_pages_and_leaves_rows_inert(nano: Path) -> None:
-    worker = build(nano, max_num_seqs=2)
-    before = [t.clone() for t in worker.buf[:-1]]
-    worker._rehearse()
-    assert worker.kv == ()
-    assert all(torch.equal(a, b) for a, b in zip(before, worker.buf[:-1], strict=True))
+@pytest.mark.parametrize(("name", "policy"), [("nano", "multi_bd"), ("dream", None), ("dream", "low_confidence"),
+                                              ("fast_dllm_v2", "fast_dllm_v2"), ("gemma", None)])  # fmt: skip
+def test_a_rehearsal_changes_no_answer(nano: Path, tmp_path: Path, name: str, policy: str | None) -> None:
+    folder = nano
+    if name == "gemma":
+        folder = gemma.write(tmp_path, gemma.tensors(gemma.model()))
+    elif name != "nano":
+        folder = families.write(tmp_path, name, families.network(name))
+    said = []
+    for rehearsed in (False, True):
+        with LLM(folder, policy=policy, device="cpu", graphs="off", max_num_seqs=2, max_model_len=64) as llm:
+            worker = llm.engine.worker
+            if rehearsed:
+                worker._rehearse()
+                assert worker.kv == () and worker.buf.done.all()
+                worker._take(worker.num_pages)
+            params = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
+            said.append([o.token_ids for o in llm.generate([[5, 9, 11], [7] * 20], params)])
+    assert said[0] == said[1] and all(said[0])
 
 
 def held() -> int:

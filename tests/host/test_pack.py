@@ -248,7 +248,8 @@ def test_a_pack_that_cannot_be_written_leaves_nothing(
     ("values", "buckets", "kind", "told"),
     [
         ({"graphs": "off"}, {}, ConfigError, "graphs='off' compiles nothing"),
-        ({}, {"rows": [3]}, ConfigError, "no bucket of 3; use some of 1, 2"),
+        ({}, {"rows": [3]}, ConfigError, "a bucket of 3 passes max_num_seqs=2; use some of 1, 2, or raise it"),
+        ({"max_num_seqs": 4}, {"rows": [3]}, ConfigError, "no bucket of 3; use some of 1, 2, 4"),
         ({}, {"tokens": [63]}, ConfigError, "no bucket of 63; use some of 64, 256"),
         ({"model": Path("nowhere")}, {}, ModelError, "nowhere"),
     ],
@@ -267,7 +268,7 @@ def test_a_shape_is_enough_where_only_the_shape_is_asked_for(nano: Path, tmp_pat
     shape.mkdir()
     (shape / "config.json").write_bytes((nano / "config.json").read_bytes())
     base = {"device": "cpu", "graphs": "compile", "max_num_seqs": 2}
-    with pytest.raises(ConfigError, match="no bucket of 3"):  # so the worker is built
+    with pytest.raises(ConfigError, match="a bucket of 3 passes"):  # so the worker is built
         pack.make(Config.from_args(shape, load_format="dummy", **base), tmp_path, rows=[3])
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         pack.make(Config.from_args(shape, **base), tmp_path, rows=[3])

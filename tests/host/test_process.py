@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dlx import LLM, AsyncEngine, EngineError, SamplingParams
+from dlx import LLM, AsyncEngine, DecodeSession, EngineError, SamplingParams
+from dlx.request import Finish
 from tests.loops import answered, configured
 
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -147,3 +151,62 @@ def test_a_clock_that_is_set_back_matters_to_nobody(nano_llm: LLM, nano: Path, m
     times = output.timings
     assert 0 <= times.admitted_s <= times.first_block_s <= times.total_s < 60
     assert served(nano, 0) == told(nano, 0)
+
+
+def told_and_held(nano: Path) -> weakref.ref[object]:
+    with LLM(nano, device="cpu", graphs="off") as llm:
+        llm.generate(PROMPTS[0], LONG)
+        return weakref.ref(llm.engine.worker)
+
+
+def stepped_and_held(nano: Path) -> weakref.ref[object]:
+    with DecodeSession(nano, device="cpu", graphs="off") as session:
+        session.open(PROMPTS[0], LONG)
+        session.step()
+        return weakref.ref(session.engine.worker)
+
+
+def served_and_held(nano: Path) -> weakref.ref[object]:
+    async def ask() -> weakref.ref[object]:
+        async with AsyncEngine(configured(nano)) as engine:
+            await answered(engine.submit(PROMPTS[0], LONG))
+            return weakref.ref(engine.engine.worker)
+
+    return asyncio.run(ask())
+
+
+def failed_and_held(nano: Path) -> weakref.ref[object]:
+    with LLM(nano, device="cpu", graphs="off") as llm:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm.engine.worker.net, "head", failing)
+            patch.setattr("dlx.engine.log.disabled", True)  # pytest keeps what is logged, and its frames
+            llm.engine.add_all([(PROMPTS[0], LONG)])
+            assert [chunk.finish for chunk in llm.engine.step()] == [Finish.ERROR]
+        return weakref.ref(llm.engine.worker)
+
+
+def died_and_held(nano: Path) -> weakref.ref[object]:
+    async def ask() -> weakref.ref[object]:
+        async with AsyncEngine(configured(nano)) as engine:
+            engine.engine.before_turn = failing
+            with contextlib.suppress(EngineError):
+                await answered(engine.submit(PROMPTS[0], LONG))
+            return weakref.ref(engine.engine.worker)
+
+    return asyncio.run(ask())
+
+
+def failing() -> None:
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("use", [told_and_held, stepped_and_held, served_and_held, failed_and_held, died_and_held])
+def test_what_is_closed_is_freed_at_once(nano: Path, use: Callable[[Path], weakref.ref[object]]) -> None:
+    """Without the collector of cycles, which may not come for a long time."""
+    use(nano)  # imports what is imported late: an error that is handled there holds frames
+    gc.collect()
+    gc.disable()
+    try:
+        assert use(nano)() is None
+    finally:
+        gc.enable()

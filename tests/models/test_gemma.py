@@ -166,7 +166,8 @@ def test_what_others_got_wrong_does_not_give_transformers_logits(
 
 
 def open_llm(folder: Path, policy: str | Policy = "diffusion_gemma", **config: Any) -> LLM:
-    return LLM(folder, policy=policy, graphs="off", device="cpu", dtype="float32", **config)
+    cold = {"prefix_caching": False}  # so that prefills are counted alike
+    return LLM(folder, policy=policy, graphs="off", device="cpu", dtype="float32", **cold | config)
 
 
 class Case(NamedTuple):
@@ -223,6 +224,19 @@ def test_generate_equals_transformers_where_canvases_settle_early(quick: Case, n
     assert out.token_ids == before_stop(answer)
     assert (out.nfe, out.finish_reason) == (draws.forwards, "stop" if STOP in answer else "length")
     assert draws.forwards < 12 * -(-out.tokens // CANVAS)
+
+
+@pytest.mark.long
+def test_fifty_prompts_are_decoded_as_transformers_decodes_them(quick: Case) -> None:
+    length, forwards = 2 * CANVAS - 1, 0
+    for seed in range(50):
+        prompt = ids(1 + seed % 23, seed).tolist()
+        expected, draws = generated(quick.net, prompt, length, seed, **QUICK)
+        (out,) = quick.llm.generate(prompt, SamplingParams(max_tokens=length, temperature=1.0, seed=seed))
+        answer = expected.sequences[0, len(prompt) : len(prompt) + length].tolist()
+        assert (out.token_ids, out.nfe) == (before_stop(answer), draws.forwards), seed
+        forwards += out.nfe
+    assert forwards > 200
 
 
 def test_generate_stops_where_transformers_stops(quick: Case) -> None:

@@ -20,7 +20,7 @@ from tests.models.test_parity import questions
 log = logging.getLogger(__name__)
 
 CAUSAL = [name for name, p in POLICIES.items() if p.canvas is None and p.full is not True]
-SHORT = {"units": 1.0, "reverse": 1.0, "sort": 1.0, "arith": 1.0, "json": 1.0}  # answers of one to four blocks
+SHORT = {"units": 1.0, "reverse": 1.0, "sort": 1.0, "arith": 1.0}  # answers of one block to three
 
 
 def after(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[int]:
@@ -49,12 +49,13 @@ def after(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[in
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_at_most_one_forward_runs_after_an_answer_is_settled(name: str, tiny: Path) -> None:
-    prompts = questions(tiny, SHORT, 8, seed=5)
+    prompts = questions(tiny, SHORT, 4, seed=5)
     most = []
     for N in (1, 2, 4) if POLICIES[name].turn is None else (1,):
         policy = replace(POLICIES[name], N=N)
-        with LLM(tiny, policy=policy, graphs="off", device="cpu", dtype="float32", max_num_seqs=8) as llm:
-            late = after(llm, prompts, SamplingParams(max_tokens=96))
+        rows = 4 if policy.turn is None else 1  # rows that want different scopes wait for each other
+        with LLM(tiny, policy=policy, graphs="off", device="cpu", dtype="float32", max_num_seqs=rows) as llm:
+            late = after(llm, prompts, SamplingParams(max_tokens=64))
         most.append(max(late))
         log.warning("%s, N=%d: %s forwards after the answer was settled", name, N, late)
     assert max(most) <= (1 if name in ("edit", "dmax", "token_merge") else 0)

@@ -37,6 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)  # `bare` is a kernel without a reference
     monkeypatch.setattr(mixture, "ROWS", (4, 32))
     monkeypatch.setattr(paged, "CONTEXTS", (24,))
+    monkeypatch.setattr(paged, "FP8_CONTEXTS", (24,))
     monkeypatch.setattr(paged, "PROMPTS", (32,))
     monkeypatch.setattr(paged, "BATCH", (3, 8, 40))
     torch.manual_seed(0)
@@ -65,6 +66,12 @@ def test_the_eager_sampler_gives_what_the_op_gives(small: str) -> None:
     likely, ids = one.others["torch"](1)  # type: ignore[misc]
     assert torch.equal(tok, ids[:, 0].int())
     torch.testing.assert_close(conf, likely[:, 0], rtol=2e-2, atol=1e-3)
+
+
+def test_attention_over_fp8_pages_gives_nearly_what_it_gives_over_bf16_pages(small: str) -> None:
+    for _, one in built("attention_fp8", small):
+        want = one.others["bf16"](1)
+        assert (one.own(1) - want).norm() < 0.1 * want.norm()  # type: ignore[operator]
 
 
 def test_the_grouped_matmuls_give_what_the_experts_give(small: str) -> None:

@@ -111,7 +111,7 @@ class FakeEngine:
     def _output(self, request: Request, text: str, ids: Sequence[int], end: Finish, stop: str | None) -> Output:
         tokens = len(ids) + (end is Finish.STOP and stop is None)
         times = Timings(0.001, 0.002, 0.003)
-        return Output(request.id, request.prompt, text, list(ids), end, tokens, -(-tokens // 2), 1, times, stop)
+        return Output(request.id, request.prompt, text, list(ids), end, tokens, -(-tokens // 2), 1, times, stop=stop)
 
     def abort(self, id: int) -> None:
         if id in self.open and not self.open[id].done():

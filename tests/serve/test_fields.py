@@ -12,6 +12,7 @@ import pytest
 
 from dlx.errors import RequestError
 from dlx.tokenizer import Tokenizer
+from tests.serve.fake import FakeEngine
 from tests.serve.served import Served
 from tests.serve.test_bodies import HELLO, refused
 
@@ -172,6 +173,10 @@ def test_too_many_prompts_are_refused(fake: Served) -> None:
     assert refused(fake.client.post("/v1/completions", json={"prompt": ["a"] * 65}))["param"] == "prompt"
 
 
+def test_what_could_never_be_taken_at_once_is_no_busy_queue(fake: Served) -> None:
+    assert refused(fake.client.post("/v1/completions", json={"prompt": ["a"] * 64, "n": 8}))["param"] == "n"
+
+
 @pytest.mark.parametrize(
     ("tokens", "most", "status"), [(255, 1, 200), (255, 2, 400), (256, None, 400), (257, None, 400)]
 )
@@ -253,3 +258,14 @@ def test_texts_and_conversations_are_tokenised_and_back(fake: Served) -> None:
     assert fake.client.post("/v1/detokenize", json={"tokens": text["tokens"]}).json() == {"prompt": "Hello"}
     refused(fake.client.post("/v1/tokenize", json={}))
     refused(fake.client.post("/v1/detokenize", json={"tokens": [10**6]}))
+    refused(fake.client.post("/v1/detokenize", json={"tokens": [50] * 257}))
+
+
+def test_an_adapter_is_a_model_of_its_own_name() -> None:
+    with Served(FakeEngine(), {"nano": None, "pirate": "pirate"}) as served:
+        for name in ("nano", "pirate"):
+            reply = served.client.post("/v1/completions", json={"prompt": "a", "model": name})
+            assert reply.json()["model"] == name
+        assert [params.adapter for params in served.engine.asked] == [None, "pirate"]
+        listed = served.client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["parent"]) for one in listed] == [("nano", None), ("pirate", "nano")]

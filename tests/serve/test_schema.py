@@ -37,7 +37,7 @@ def test_no_request_that_can_be_made_up_is_a_server_error(nano: Path, tmp_path: 
     settings = tmp_path / "schemathesis.toml"
     settings.write_text(SETTINGS)
     program = [sys.executable, "-c", "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"]
-    engine = AsyncEngine(Config.from_args(nano, graphs="off", device="cpu", max_num_seqs=8, max_model_len=64))
+    engine = AsyncEngine(Config.from_args(nano, graphs="off", device="cpu", max_num_seqs=8, max_model_len=32))
     with Served(engine) as served:
         described = [
             f"{served.url}/openapi.json",

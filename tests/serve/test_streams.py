@@ -5,16 +5,20 @@ Each case bears the number that it has in docs/faults.md.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from dlx.errors import EngineError
 from dlx.request import Finish
+from dlx.serve.stream import EventStream
 from tests.serve.fake import ANSWER, FakeEngine
 from tests.serve.served import Served
 from tests.serve.test_bodies import refused
@@ -79,7 +83,7 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(fake: Served) -> None
 def test_many_who_connect_and_leave_leave_nothing_behind(fake: Served) -> None:  # case 56
     fake.engine.held = True
     files = len(os.listdir("/proc/self/fd"))
-    for n in range(300):
+    for n in range(1000):
         sent(fake, {"prompt": "a", "stream": bool(n % 2)}).close()
     fake.until(lambda: fake.front.places == 0 and not fake.engine.open)
     fake.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2)
@@ -207,3 +211,34 @@ def test_more_requests_than_are_allowed_at_once_are_refused() -> None:
         assert response.headers["retry-after"] == "1"
         assert served.client.get("/health").status_code == 200
         engine.held = False
+
+
+def test_a_response_that_cannot_begin_lets_its_requests_go() -> None:
+    left: list[str] = []
+
+    async def never() -> AsyncGenerator[bytes, None]:
+        yield b""
+
+    async def broken(_: object) -> None:
+        raise OSError("no socket")
+
+    async def silent() -> Message:
+        return await asyncio.Future()
+
+    response = EventStream(never(), lambda: left.append("left"), 15.0, {})
+    with pytest.raises(OSError, match="no socket"):
+        asyncio.run(response({"type": "http", "path": "/"}, silent, broken))
+    assert left == ["left"]
+
+
+def test_a_drain_that_begins_meanwhile_is_a_503(fake: Served, monkeypatch: pytest.MonkeyPatch) -> None:  # case 105
+    def late(*_: object, **__: object) -> None:
+        fake.engine.status = "draining"
+        raise EngineError("the engine is draining and takes no requests")
+
+    monkeypatch.setattr(fake.engine, "submit", late)
+    try:
+        assert refused(fake.client.post("/v1/completions", json={"prompt": "a"}), 503)["code"] == "draining"
+    finally:
+        monkeypatch.undo()
+        fake.engine.status = "ready"

@@ -157,12 +157,12 @@ class DiffusionGemma(nn.Module):
         self.norm = Norm(card.hidden, card.eps, device, dtype)
         self.condition_norm = Norm(card.hidden, card.eps, device, dtype)
         self.condition_mlp = MLP(card.hidden, card.ffn, device, dtype)
-        half = torch.arange(0, card.head_dim, 2, dtype=torch.float32, device=device) / card.head_dim
-        self.register_buffer("frequencies", card.theta**-half, persistent=False)
-        half = torch.arange(0, facts.global_dim, 2, dtype=torch.float32, device=device)
+        half = torch.arange(0, card.head_dim, 2, dtype=torch.float32) / card.head_dim  # on meta it would import Dynamo
+        self.register_buffer("frequencies", (card.theta**-half).to(device), persistent=False)
+        half = torch.arange(0, facts.global_dim, 2, dtype=torch.float32)
         turning = half < 2 * facts.global_pairs
         turns = torch.where(turning, facts.global_theta ** -(half / facts.global_dim), 0.0)
-        self.register_buffer("global_frequencies", turns, persistent=False)
+        self.register_buffer("global_frequencies", turns.to(device), persistent=False)
 
     def embed(self, tok: Tensor) -> Tensor:
         """Ids [B, C] int32 → [B, C, E]."""

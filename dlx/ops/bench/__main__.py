@@ -51,6 +51,7 @@ SUITES = {
     "linear_fp8": Suite(dense.linear_fp8, ("project", "accumulate")),
     "candidates": Suite(dense.candidates, ("candidates",)),
     "attention": Suite(paged.attention, ("attention",)),
+    "attention_fp8": Suite(paged.attention_fp8, ("attention",)),
     "kv_store": Suite(paged.kv_store, ("kv_store",)),
     "moe": Suite(mixture.moe, ("route", "experts")),
 }

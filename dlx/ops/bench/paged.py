@@ -16,6 +16,7 @@ from dlx.ops.bench.shapes import SHAPES, Shape
 
 QUERIES = (4, 32)
 CONTEXTS = (512, 2048, 8192, 32768)
+FP8_CONTEXTS = (2048, 16384)
 BATCH = (16, 32, 4096)  # requests, queries of each, their context
 PROMPTS = (2048, 8192)
 STORE_ROWS = (4, 32, 64, 256)
@@ -31,6 +32,18 @@ def attention(name: str) -> Iterator[Case]:
     yield Case("attention", name, f"{B} × {C} at {context}", B * C, partial(_window, name, *BATCH), layers)
     for T in PROMPTS:
         yield Case("attention", name, f"prompt of {T}", T, partial(_prompt, name, T), layers)
+
+
+def attention_fp8(name: str) -> Iterator[Case]:
+    """The same over pages in e4m3 with scales, beside itself over pages in bf16."""
+    layers = SHAPES[name].layers
+    for C in QUERIES:
+        for context in FP8_CONTEXTS:
+            call = partial(_window, name, 1, C, context, fp8=True)
+            yield Case("attention_fp8", name, f"1 × {C} at {context}", C, call, layers)
+    B, C, context = BATCH
+    call = partial(_window, name, *BATCH, fp8=True)
+    yield Case("attention_fp8", name, f"{B} × {C} at {context}", B * C, call, layers)
 
 
 def kv_store(name: str) -> Iterator[Case]:
@@ -49,22 +62,26 @@ def tables(n: int, B: int, W: int, device: torch.device) -> list[Tensor]:
     return list(torch.randperm(n * B * W, device=device).int().view(n, B, W))
 
 
-def _window(name: str, B: int, C: int, context: int, device: torch.device) -> Built:
+def _window(name: str, B: int, C: int, context: int, device: torch.device, fp8: bool = False) -> Built:
     """C new queries a row behind a context: every one sees all keys, the new ones among them."""
     shape = SHAPES[name]
     H, G, D, S = shape.H, shape.G, shape.D, page(shape)
     keys = context + C
     W = -(-keys // S)
-    n = copies(4 * B * keys * G * D)
+    n = copies((2 if fp8 else 4) * B * keys * G * D)
     kv = normal(device, 2, n * B * W, S, G, D)
     q = normal(device, B, C, H, D)
     seen = torch.full((B, C), keys, device=device, dtype=torch.int32)
+    op = OPS["attention"]
     args = [(q, kv, pages, seen, D**-0.5) for pages in tables(n, B, W, device)]
+    if fp8:
+        small, ones = kv.to(torch.float8_e4m3fn), torch.ones(2, n * B * W, G, device=device)
+        less = [(q, small, *rest, None, None, ones) for _, _, *rest in args]
+        return Built(lambda i: op(*less[i]), {"bf16": lambda i: op(*args[i])}, n, op.cost(*less[0]))
     dense = [(normal(device, B, G, keys, D), normal(device, B, G, keys, D)) for _ in range(n)]
     # all heads of a group see the same keys: as queries of one head they cost SDPA no copy of the keys
     packed = normal(device, B, G, C * (H // G), D)
     others = {"SDPA": lambda i: F.scaled_dot_product_attention(packed, *dense[i])}
-    op = OPS["attention"]
     return Built(lambda i: op(*args[i]), others, n, op.cost(*args[0]))
 
 

@@ -1,0 +1,59 @@
+"""On a GPU: pages fit beside everything else, in bf16 and in fp8."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlx import LLM, SamplingParams
+from dlx.config import Config
+from dlx.errors import CapacityError
+from dlx.graphs.shapes import page_bytes
+from dlx.worker import Worker
+
+pytestmark = pytest.mark.gpu
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("forwards", [1, 8])
+def test_captured_answers_with_every_dtype_of_pages(tiny: Path, kind: str | None, forwards: int) -> None:
+    chat: list[Mapping[str, str]] = [{"role": "user", "content": "What is 27 + 35?"}]
+    with LLM(tiny, device="cuda", kv_cache_dtype=kind, forwards=forwards) as llm:
+        (output,) = llm.generate([chat], SamplingParams(max_tokens=48))
+    assert "62" in output.text
+
+
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_a_measured_pool_leaves_room_for_every_graph_below_the_share(tiny: Path, kind: str | None) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free + 4 * GIB) / total
+    config = Config.from_args(
+        tiny, device="cuda", max_num_seqs=1024, max_model_len=2048, gpu_memory_utilization=share, kv_cache_dtype=kind
+    )
+    worker = Worker(config)
+    each = page_bytes(worker.card.kv, worker.shapes.S, config.kv_dtype.itemsize)
+    assert GIB < worker.num_pages * each < 4 * GIB
+    worker.prepare(worker.shapes.rows, worker.shapes.tokens)
+    assert not worker.graphs.dropped
+    left, _ = torch.cuda.mem_get_info()
+    assert total - left <= share * total
+
+
+def test_weights_that_do_not_fit_are_told_and_leave_nothing(tiny: Path) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(free - 24 * (1 << 20), dtype=torch.uint8, device="cuda")
+    with pytest.raises(CapacityError, match="do not fit into memory"):
+        Worker(Config.from_args(tiny, device="cuda"))
+    del hog
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)
