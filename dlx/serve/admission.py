@@ -10,7 +10,7 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PUBLIC = ("/health", "/ready")
-WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
 RETRY_S = 5.0  # when to come again while the server starts or drains
 
 
@@ -39,12 +38,13 @@ class Admission:
     """An ASGI application around another: a request that may not pass is answered here, in OpenAI's envelope.
 
     inside  requests in progress
+    held    bytes of their bodies
     """
 
     def __init__(self, app: ASGIApp, engine: AsyncEngine, options: Options, metrics: Metrics) -> None:
         self._app, self._engine, self._options, self._metrics = app, engine, options, metrics
         self._key = None if options.api_key is None else _digest(options.api_key.get_secret_value().encode())
-        self.inside = 0
+        self.inside, self.held = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,9 +61,11 @@ class Admission:
 
         try:
             self._unlock(scope)
-            with self._place(scope):
-                inner = await self._read(scope, receive) if scope["method"] in WITH_BODY else receive
-                await self._app(scope, inner, named)
+            if scope["method"] != "POST":  # no other route takes a body, so none is read
+                await self._app(scope, receive, named)
+                return
+            with self._place() as hold:
+                await self._app(scope, await self._read(scope, receive, hold), named)
         except Gone:
             log.info("499 %s %s: the client went away (%s)", scope["method"], _shown(scope), id)
         except Exception as error:
@@ -86,26 +88,31 @@ class Admission:
             raise Fault(401, "invalid_api_key", "a key is needed: send the header 'Authorization: Bearer KEY'")
 
     @contextmanager
-    def _place(self, scope: Scope) -> Iterator[None]:
-        """A place among those that may be in progress; work is taken while the engine is ready."""
-        if scope["method"] != "POST":
-            yield
-            return
+    def _place(self) -> Iterator[Callable[[int], None]]:
+        """A place among those that may be in progress, and room for a body; work is taken while the engine is ready."""
         status = self._engine.health().status
         if status != "ready":
             raise Fault(503, status, f"the server is {status}; come again", retry_after_s=RETRY_S)
         if self.inside >= self._options.max_concurrency:
             raise Fault(503, "too_many_requests", f"{self.inside} requests are in progress", retry_after_s=1.0)
+        own = 0
+
+        def hold(size: int) -> None:
+            nonlocal own
+            if self.held + size > self._options.max_bodies_bytes:
+                raise Fault(503, "too_many_requests", "bodies of others take the room that is left", retry_after_s=1.0)
+            own, self.held = own + size, self.held + size
+
         self.inside += 1
         self._metrics.http.set(self.inside)
         try:
-            yield
+            yield hold
         finally:
-            self.inside -= 1
+            self.inside, self.held = self.inside - 1, self.held - own
             self._metrics.http.set(self.inside)
 
-    async def _read(self, scope: Scope, receive: Receive) -> Receive:
-        """The body in one piece, never more of it than is allowed. Raises Fault 413, 415 or 408."""
+    async def _read(self, scope: Scope, receive: Receive, hold: Callable[[int], None]) -> Receive:
+        """The body in one piece, never more of it than is allowed. Raises Fault 408, 413, 415, or as `hold`."""
         headers, most = Headers(scope=scope), self._options.max_body_bytes
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > most:
@@ -114,9 +121,11 @@ class Admission:
         try:
             async with asyncio.timeout(self._options.body_timeout_s):
                 while (message := await receive())["type"] == "http.request":
-                    body += message.get("body", b"")
-                    if len(body) > most:
+                    piece = message.get("body", b"")
+                    if len(body) + len(piece) > most:
                         raise _large(most)
+                    hold(len(piece))
+                    body += piece
                     if not message.get("more_body", False):
                         break
                 else:

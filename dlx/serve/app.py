@@ -55,8 +55,10 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         yield
         desk.close()
 
-    # no pages of documentation: they would load scripts from elsewhere
-    app = FastAPI(title="dlx", version=dlx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # no pages of documentation: they would load scripts from elsewhere; no redirects: they would go where Host says
+    app = FastAPI(
+        title="dlx", version=dlx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.openapi = partial(described, app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _unrouted)
     for kind in (Fault, RequestError, Exception):  # the last is raised on, and logged by the admission
@@ -136,9 +138,9 @@ def application(engine: AsyncEngine, names: Mapping[str, str | None], options: O
         """The model, and its adapters."""
         return JSONResponse({"object": "list", "data": [entry(name) for name in names]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        """One of them."""
+        """One of them; a name may be ORG/NAME."""
         return JSONResponse(entry(served(name)[0]))
 
     @app.get("/health")

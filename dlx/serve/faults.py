@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from pydantic import ValidationError
@@ -11,6 +12,8 @@ from starlette.responses import JSONResponse
 from dlx.errors import BusyError, CapacityError, DlxError, EngineError, RequestError
 
 MESSAGE_CHARS = 2000
+# parts of a place in a body that are no field: a check's name, a kind of several that are allowed
+KIND = re.compile(r"function-|(constrained-)?str$|list\[")
 # in what the engine says of a prompt that is too long, for which OpenAI has a code of its own
 TOO_LONG = ("max_model_len=", "tokens; at most", "characters has more than")
 TYPES = {
@@ -75,8 +78,11 @@ def fault_of(error: Exception) -> Fault:
 
 def invalid(error: ValidationError) -> Fault:
     """The first thing that is wrong with a body. Never what was sent: it may be long, secret or not a number."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = [part for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    if first["type"] == "string_type" and KIND.match(str(first["loc"][-1])):
+        # no text, which is one of two kinds that are allowed: told is what is wrong with it as the other, a list
+        first = next((one for one in others[:1] if one["type"] != "list_type"), first)
+    where = [part for part in first["loc"] if not KIND.match(str(part))]
     if first["type"] == "json_invalid":
         return Fault(400, "invalid_json", f"the body is no JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     message = first["msg"].removeprefix("Value error, ")

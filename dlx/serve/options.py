@@ -24,6 +24,7 @@ class Options(BaseModel):
     no_auth: bool = Field(default=False, description="Let others reach the server without a key.")
     served_model_name: tuple[str, ...] = Field(default=(), description="Names of the model; else its folder's.")
     max_body_bytes: Count = Field(default=4 << 20, description="Bytes of a request's body at most.")
+    max_bodies_bytes: Count = Field(default=256 << 20, description="Bytes of all bodies in progress at most.")
     max_concurrency: Count = Field(default=1024, description="Requests in progress at most.")
     max_n: Count = Field(default=8, description="Choices (n) a prompt at most.")
     max_prompts: Count = Field(default=64, description="Prompts a completion request at most.")
@@ -44,9 +45,14 @@ class Options(BaseModel):
     strict_requests: bool = Field(default=False, description="Refuse unknown request fields instead of ignoring them.")
 
     def check(self) -> None:
-        """Raise ConfigError for a server that strangers could use by accident."""
+        """Raise ConfigError for a server that strangers could use by accident, or for limits at odds."""
         if self.api_key is not None and not self.api_key.get_secret_value():
             raise ConfigError("api_key is empty; give a key, or leave it out")
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"max_bodies_bytes={self.max_bodies_bytes} has no room for one body of {self.max_body_bytes} bytes; "
+                "raise it, or lower max_body_bytes"
+            )
         if self.api_key is None and not self.no_auth and not self._loopback:
             raise ConfigError(
                 f"host={self.host!r} can be reached by others and there is no key; set api_key (DLX_API_KEY), use "

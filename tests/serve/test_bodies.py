@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.fake import ANSWER
+from tests.serve.fake import ANSWER, FakeEngine
 from tests.serve.served import Served
 
 JSON = {"content-type": "application/json"}
@@ -76,6 +76,10 @@ def test_a_body_over_the_cap_is_refused_without_being_held(fake: Served, counted
     assert psutil.Process().memory_info().rss - before < 32 << 20
 
 
+def test_a_method_without_a_body_is_refused_before_one_is_read(fake: Served) -> None:  # cases 5 and 7
+    refused(fake.client.put("/v1/completions", content=b" " * (5 << 20), headers=JSON), 405)
+
+
 def test_a_body_of_another_content_type_is_refused(fake: Served) -> None:  # case 6
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
         response = fake.client.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind})
@@ -88,6 +92,7 @@ ROUTES = {
     "7 wrong method": ("GET", "/v1/completions", 405),
     "7 wrong method, with a body": ("DELETE", "/v1/chat/completions", 405),
     "7 PUT": ("PUT", "/health", 405),
+    "7 a slash too many": ("GET", "/v1/models/", 404),
     "12 traversal": ("GET", "/v1/models/..%2f..%2f..%2fetc%2fpasswd", 404),
     "12 dots": ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
     "12 absolute": ("GET", "//etc/passwd", 404),
@@ -114,6 +119,12 @@ def test_a_model_of_another_name_is_not_found(fake: Served, name: str) -> None: 
         error = refused(fake.client.post(f"/v1/{route}", json={"model": name, "prompt": "a", "messages": HELLO}), 404)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("path", ["org/nano", "org%2Fnano"])
+def test_a_model_whose_name_has_a_slash_is_found(path: str) -> None:
+    with Served(FakeEngine(), {"org/nano": None}) as served:
+        assert served.client.get(f"{served.url}/v1/models/{path}").json()["id"] == "org/nano"
 
 
 PARTS = {

@@ -120,6 +120,21 @@ def test_a_value_that_asks_for_nothing_is_allowed(fake: Served, name: str) -> No
     assert response.is_success and "x-dlx-warning" not in response.headers
 
 
+CONTENT = [([], "content", "at least 1 item"), ([{"type": "image_url"}], "content[0].type", "'text'")]
+
+
+@pytest.mark.parametrize(("content", "at", "why"), CONTENT)
+def test_what_is_wrong_with_a_list_is_told_of_the_list(fake: Served, content: object, at: str, why: str) -> None:
+    body = {"messages": [{"role": "user", "content": content}]}
+    error = refused(fake.client.post("/v1/chat/completions", json=body))
+    assert error["param"] == f"messages[0].{at}" and why in error["message"]
+
+
+def test_too_many_stop_strings_are_told_with_how_many_may_be(fake: Served) -> None:  # case 25
+    error = refused(fake.client.post("/v1/completions", json={"prompt": "a", "stop": list("abcde")}))
+    assert error["param"] == "stop" and "at most 4" in error["message"]
+
+
 def test_fields_reach_the_engine(fake: Served) -> None:
     own = {"threshold": 0.5, "open_at": 0.25, "force_at": 1, "max_nfe": 9, "priority": -3, "cache_salt": "s"}
     asked = {"temperature": 0.5, "seed": 7, "n": 2, "max_tokens": 5, "stop": ["a", "b"], "stop_token_ids": [9]}

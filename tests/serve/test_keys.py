@@ -94,6 +94,11 @@ def test_loopback_needs_none(host: str) -> None:
     Options(host=host).check()
 
 
+def test_bodies_need_room_for_one() -> None:
+    with pytest.raises(ConfigError, match="max_bodies_bytes=10 has no room for one body of 20 bytes"):
+        Options(max_body_bytes=20, max_bodies_bytes=10).check()
+
+
 def test_an_empty_key_is_no_key() -> None:
     with pytest.raises(ConfigError, match="api_key is empty"):
         Options(api_key="").check()

@@ -213,6 +213,19 @@ def test_more_requests_than_are_allowed_at_once_are_refused() -> None:
         engine.held = False
 
 
+def test_bodies_have_room_together_and_give_it_back() -> None:
+    engine, long = FakeEngine(), {"prompt": "a", "user": "b" * 600}
+    engine.held = True
+    with Served(engine, max_body_bytes=1000, max_bodies_bytes=1000) as served:
+        with sent(served, {**STREAM, **long}):
+            served.until(lambda: len(engine.open) == 1)
+            response = served.client.post("/v1/completions", json=long)
+            assert refused(response, 503)["code"] == "too_many_requests"
+            engine.held = False
+        served.until(lambda: served.front.places == 0)
+        assert served.client.post("/v1/completions", json=long).status_code == 200
+
+
 def test_a_response_that_cannot_begin_lets_its_requests_go() -> None:
     left: list[str] = []
 
