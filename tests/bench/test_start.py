@@ -35,7 +35,7 @@ def test_what_the_process_says_when_it_fails_is_told(nano: Path) -> None:
         startup(Scene(nano, 16, 64, 1, 4), CPU, [1], 64, "no_such_policy", "python bench", starts=["cold"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_packed_start_is_faster_than_a_cold_one(nano: Path) -> None:
     how = CPU._replace(graphs="compile")
     record = startup(Scene(nano, 16, 64, 1, 4), how, [1], 0, "single_bd", "python bench")

@@ -79,7 +79,7 @@ def test_an_interrupt_while_a_model_is_loaded(start: Callable[..., Started], nan
     assert until(lambda: not one.family())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupt_while_graphs_are_compiled(start: Callable[..., Started], nano: Path, tmp_path: Path) -> None:
     flags = ["--model", str(nano), "--device", "cpu", "--graphs", "compile"]
     one = start("-m", "dlx.cli", "generate", "hi", *flags, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))

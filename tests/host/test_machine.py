@@ -194,6 +194,6 @@ def test_ten_thousand_transitions_leave_all_consistent_and_everybody_served() ->
     served(10_000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_thousand_transitions_leave_all_consistent_and_everybody_served() -> None:
     served(100_000)

@@ -77,7 +77,7 @@ def same(folder: Path, pages: int, forwards: int, lag: int, **more: Any) -> int:
         pytest.param("single_bd", 32, 3, 1, marks=pytest.mark.slow),
         pytest.param("multi_bd", 40, 1, 1, marks=pytest.mark.slow),
         pytest.param("dmax", 32, 1, 1, marks=pytest.mark.long),
-        pytest.param("edit", 32, 3, 0, marks=pytest.mark.slow),
+        pytest.param("edit", 32, 3, 0, marks=pytest.mark.long),
         pytest.param("token_merge", 32, 1, 1, marks=pytest.mark.long),
         pytest.param("credit", 32, 1, 1, marks=pytest.mark.long),
     ],
@@ -99,7 +99,7 @@ def test_a_row_that_is_read_off_the_position_before_goes_on_where_it_was(tmp_pat
     assert same(tmp_path, 40, 1, 1, policy="multi_bd", block_length=FAMILIES[name].L, page_size=4) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_prompt_that_sees_itself_whole_is_prefilled_again_with_its_answer(tmp_path: Path) -> None:
     write(tmp_path, "llada", network("llada"))
     assert same(tmp_path, 40, 1, 1, policy="d2f", block_length=4, page_size=4) > 0

@@ -73,9 +73,9 @@ def hits(llm: LLM, params: SamplingParams, page: int, step: int, shift: int = 0)
     ("policy", "page", "temperature"),
     [
         ("single_bd", 16, 0.0),
-        pytest.param("single_bd", 32, 1.0, marks=pytest.mark.slow),
+        pytest.param("single_bd", 32, 1.0, marks=pytest.mark.long),
         pytest.param("multi_bd", 32, 0.0, marks=pytest.mark.slow),
-        pytest.param("dmax", 32, 0.0, marks=pytest.mark.slow),
+        pytest.param("dmax", 32, 0.0, marks=pytest.mark.long),
     ],
 )
 def test_a_found_prefix_changes_no_token_at_any_offset_of_page_and_block(

@@ -167,7 +167,7 @@ def test_random_models_decode_like_the_reference(random_pair: tuple[str, str, Pa
     hold(pair, [random_case(rng, pair.network, ZOO[name], policy, n) for n in lengths])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_models_decode_like_the_reference_after_prompts_of_every_length(
     random_pair: tuple[str, str, Pair],
 ) -> None:

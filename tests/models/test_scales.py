@@ -108,7 +108,7 @@ def test_a_network_with_fp8_pages_says_what_it_says_with_its_keys_and_values_rou
     assert (got - exact).abs().max() > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shown", ["dream", "gemma"], indirect=True)
 def test_the_compiled_network_stores_and_says_the_same(shown: Shown) -> None:
     want, stored = shown.run(E5M2, decoded=True)
