@@ -178,8 +178,9 @@ class Worker:
                 self.graphs.replay(self._prefill_graph(T))
             for B, (scope, C) in product(sorted(rows, reverse=True), self._scopes(tokens)):
                 key = self._step_graph(B, scope, C)
-                self.graphs.replay(key)
-                if self.config.graphs == "compile":
+                if self.config.graphs != "off":
+                    self.graphs.replay(key)
+                if self.config.graphs != "capture":
                     self.graphs.turn(key)  # of a loop, which has none to run while every row is inert
 
     @property

@@ -18,6 +18,7 @@ from dlx.graphs.modes import Mode
 log = logging.getLogger(__name__)
 
 Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as one graph, or a graph a turn
+ALIASING = "check_custom_op_aliasing"  # a setting of torch; not of every version
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
 
 
@@ -143,15 +144,19 @@ def short(error: BaseException | None) -> bool:
 def compiled(fn: Callable[[], None]) -> Callable[[], None]:
     """`fn` through Inductor as one graph, with Inductor's own CUDA graphs off: they clash with ours."""
     import torch._dynamo  # 3 s to import: only where something is compiled
+    import torch._functorch.config
     import torch._inductor.config
 
     inner = torch.compile(fn, fullgraph=True, dynamic=False)
+    # torch checks each first run for ops that alias; where ops compile what they run, it is compiled for that once more
+    unchecked = {ALIASING: False} if hasattr(torch._functorch.config, ALIASING) else {}
 
     def run() -> None:
         # one function is compiled once a bucket: more often than Dynamo's default limit expects
         with (
             torch._dynamo.config.patch(recompile_limit=64),
             torch._inductor.config.patch({"triton.cudagraphs": False}),
+            torch._functorch.config.patch(unchecked),
         ):
             inner()
 

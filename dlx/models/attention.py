@@ -11,6 +11,18 @@ from dlx.ops import OPS
 from dlx.ops.attention import View
 
 
+def attend(
+    qkv: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, scales: Tensor | None, view: View, frequencies: Tensor,
+    kv: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """qkv [B, C, (H + 2G)·D] → [B, C, H·D]; writes this layer's pages kv [2, P, S, G, D]; see Attention."""
+    D = kv.shape[-1]
+    q = OPS["kv_store"](
+        qkv.unflatten(-1, (-1, D)), q_gain, k_gain, view.pos, frequencies, kv, view.pages, view.seen, eps, scales
+    )
+    return OPS["attention"](q, kv, view.pages, view.seen, D**-0.5, None, None, scales).flatten(2)
+
+
 class Attention(nn.Module):
     """Holds qkv [(H + 2G)·D, E], one matrix (with a bias if the card says so), and out [E, H·D];
     q and k are normalised a head if the card says so. `scales` [2, P, G] are those of fp8 pages."""
@@ -31,12 +43,7 @@ class Attention(nn.Module):
     def forward(self, qkv: Tensor, view: View, frequencies: Tensor, kv: Tensor) -> Tensor:
         """qkv [B, C, (H + 2G)·D] → [B, C, H·D]; writes this layer's pages kv [2, P, S, G, D]."""
         q_gain, k_gain = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        q = OPS["kv_store"](
-            qkv.unflatten(-1, (self.heads, self.head_dim)), q_gain, k_gain, view.pos, frequencies, kv, view.pages,
-            view.seen, self.eps, self.scales,
-        )  # fmt: skip
-        y = OPS["attention"](q, kv, view.pages, view.seen, self.head_dim**-0.5, None, None, self.scales)
-        return y.flatten(2)
+        return attend(qkv, q_gain, k_gain, self.scales, view, frequencies, kv, self.eps)
 
     def bounds(self, gain: Tensor) -> Tensor:
         """[2, G] f32: what no number of a head's k and v passes, whatever the tokens; gain [E] of the norm before.

@@ -16,6 +16,19 @@ def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Param
     return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
 
 
+def normalised(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · gain over the last axis: mean square in fp32, cast to x's dtype, then weighted."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * gain
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x · Wᵀ + bias; W is the weight, or weight · scale where that is there: see Linear."""
+    if scale is not None:
+        weight = (weight.float() * scale[:, None]).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
 class LowRank(nn.Module):
     """What adapters add to a matrix, each to the rows that chose it; slot 0 adds nothing.
 
@@ -65,10 +78,7 @@ class Linear(nn.Module):
         self.adapters: LowRank | None = None
 
     def forward(self, x: Tensor, slot: Tensor | None = None) -> Tensor:
-        weight = self.weight
-        if self.scale is not None:
-            weight = (weight.float() * self.scale[:, None]).to(x.dtype)
-        y = F.linear(x, weight, self.bias)
+        y = linear(x, self.weight, self.scale, self.bias)
         return y if self.adapters is None else y + self.adapters(x, slot)
 
     def bounds(self, gain: Tensor) -> Tensor:
@@ -104,7 +114,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis: mean square in fp32, cast to x's dtype, then weighted."""
+    """`normalised` by a weight of its own."""
 
     def __init__(self, n: int, eps: float, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -112,8 +122,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return normalised(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 
 from dlx.errors import ModelError
 from dlx.models.card import Place
+from dlx.models.decoder import Decoder
 from dlx.models.layers import Linear, LowRank
 from dlx.weights.files import Json, Stored, headers, inside, listed, opened, read, read_json
 from dlx.weights.parameters import FLOATS, Delta
@@ -134,6 +135,8 @@ def install(net: nn.Module, adapters: Sequence[Adapter], places: Mapping[str, Pl
         like = next(x for x in net.parameters() if x.dtype in (torch.float32, torch.bfloat16))
         a, b = (x.flatten(0, 2).to(layer.weight.device, like.dtype) for x in (a, b))
         layer.adapters = LowRank(a, b, len(of))
+    if isinstance(net, Decoder) and any(every):
+        net.plain = False
 
 
 def _refuse(path: Path, config: Json) -> None:

@@ -123,6 +123,16 @@ def test_without_graphs_a_gpu_has_kernels_to_make_before_requests_may_come(
     assert len(seen) == made
 
 
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_without_graphs_each_bucket_is_run_once(nano: Path, forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(nano, graphs="off", device="cpu", max_num_seqs=2, forwards=forwards) as llm:
+        worker, shapes = llm.engine.worker, llm.engine.worker.shapes
+        seen, forward = list[object](), worker.net.forward
+        monkeypatch.setattr(worker.net, "forward", lambda *a: (seen.append(a), forward(*a))[1])
+        worker.prepare(shapes.rows, shapes.tokens)
+        assert len(seen) == len(shapes.rows) + len(shapes.tokens)
+
+
 @pytest.mark.parametrize(
     ("turns", "params", "prompt", "finish"),
     [

@@ -231,7 +231,12 @@ def test_a_close_does_not_wait_for_a_step_that_hangs(
 
     async def ask() -> list[Chunk | str]:
         loop = asyncio.get_running_loop()
-        engine.engine.before_turn = lambda: (loop.call_soon_threadsafe(held.set), hang())
+
+        def stand() -> None:
+            loop.call_soon_threadsafe(held.set)
+            hang()
+
+        engine.engine.before_turn = stand
         ticket = engine.submit(PROMPTS[0], LONG)
         await held.wait()
         await engine.close()
