@@ -112,6 +112,8 @@ class SamplingParams:
         for at, tok in self.fixed:
             _integer("an offset of fixed", at, 0, self.max_tokens - 1)
             _integer("an id of fixed", tok, 0, 2**31 - 1)
+        if len(dict(self.fixed)) < len(self.fixed):
+            raise RequestError("fixed has an offset twice; pass one id for each")
         _integer("priority", self.priority, -1_000_000, 1_000_000)
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > 256:
             raise RequestError(f"cache_salt={self.cache_salt!r} is not allowed; pass text of at most 256 characters")

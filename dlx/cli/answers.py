@@ -82,7 +82,7 @@ def chat(
 
     key = found.key if api_key is None else api_key
     said = {name: one.value for name, one in found.values["sampling"].items()}
-    talk(lambda turn: remote.tell(url.rstrip("/"), key, turn, said, as_json=json))
+    talk(lambda turn: remote.tell(url.rstrip("/").removesuffix("/v1"), key, turn, said, as_json=json))
 
 
 def talk(tell: Callable[[list[Message]], str], trim: Callable[[list[Message]], list[Message]] = list) -> None:

@@ -44,6 +44,10 @@ def refusal(params: SamplingParams) -> str:
     return str(caught.value)
 
 
+def test_an_offset_is_fixed_once() -> None:
+    assert "fixed has an offset twice" in refusal(SamplingParams(fixed=((0, 5), (0, 6))))
+
+
 def test_the_defaults_are_allowed() -> None:
     SamplingParams().check()
 

@@ -34,7 +34,7 @@ def talk(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> Talk:
 
 
 def test_a_server_answers_as_the_model_does_here(model: Served, talk: Talk, nano_llm: LLM) -> None:
-    code, out, _ = talk(model.url + "/", "12 + 30 = ?\n7 + 5 = ?\n", "--max-tokens", "16")
+    code, out, _ = talk(model.url + "/v1/", "12 + 30 = ?\n7 + 5 = ?\n", "--max-tokens", "16")
     turns: list[dict[str, str]] = []
     for line in ("12 + 30 = ?", "7 + 5 = ?"):
         turns.append({"role": "user", "content": line})

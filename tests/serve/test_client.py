@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
 from dlx import LLM, SamplingParams
+from dlx.async_engine import AsyncEngine
+from dlx.config import Config
+from tests.families import network, write
 from tests.serve.served import Served
 
 QUESTION = [{"role": "user", "content": "Sort these numbers in ascending order: 31, 7, 90, 12"}]
@@ -138,3 +142,17 @@ def test_models_are_listed_with_what_they_decode_with(client: openai.OpenAI) -> 
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'") as caught:
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_what_is_fixed_stands_in_the_answer_and_the_gaps_are_filled(tmp_path: Path) -> None:
+    write(tmp_path, "llada", network("llada"))
+    config = Config.from_args(tmp_path, policy="low_confidence", graphs="off", device="cpu", max_num_seqs=1)
+    with (
+        Served(AsyncEngine(config), {"llada": None}) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        own = {"fixed": [[0, 9], [3, 11], [7, 12]], "ignore_eos": True}
+        reply = client.completions.create(model="llada", prompt=[5, 6, 7], max_tokens=8, extra_body={"dlx": own})
+    words = reply.choices[0].text.split()
+    assert (len(words), words[0], words[3], words[7]) == (8, "w9", "w11", "w12")
+    assert "[MASK]" not in reply.choices[0].text

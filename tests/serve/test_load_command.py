@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 
 import pytest
 
 from dlx.cli import main
+from dlx.cli.notices import command
 from tests.serve.fake import FakeEngine
 from tests.serve.served import Served
 
@@ -33,6 +35,12 @@ def test_a_key_is_sent_and_its_lack_is_told(capsys: Capture, monkeypatch: pytest
         monkeypatch.setenv("DLX_API_KEY", "hush")
         assert main(["bench", "serve", served.url, *BRIEF]) == 0
         assert "0 failed, 0 lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--api-key", "hush"], ["--api-key=hush"]])
+def test_a_record_does_not_hold_the_key(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["dlx", "bench", "serve", *words, "--json"])
+    assert command() == shlex.join(["dlx", "bench", "serve", *(w.replace("hush", "KEY") for w in words), "--json"])
 
 
 @pytest.mark.parametrize(
