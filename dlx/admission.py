@@ -130,7 +130,8 @@ class Admission:
                 raise RequestError(f"{name}={getattr(params, name)} has no rule that reads it; use another policy")
         if (params.top_k or params.top_p < 1) and not self.policy.filters:
             raise RequestError(
-                f"top_k={params.top_k} and top_p={params.top_p} need a policy with filters=True; build the LLM with one"
+                f"top_k={params.top_k} and top_p={params.top_p} need filters=True; "
+                "build the engine with it, or serve with --filters"
             )
         if params.adapter is not None and params.adapter not in self.adapters[1:]:
             known = ", ".join(self.adapters[1:]) or "none: build it with adapters={name: folder}"

@@ -39,7 +39,7 @@ class SamplingParams:
     edit            float   confidence above which a decided token is replaced, 0 to 1; of policies that edit
     remask          float   confidence below which a decided token is masked again, 0 to 1; of policies that remask
     stability       float   share of the last open block's tokens proposed again that opens the next one, 0 to 1
-    top_k           int     draw from so many of the likeliest tokens; 0 is off; of policies with filters
+    top_k           int     draw from so many of the likeliest tokens; 0 is off; of engines with filters
     top_p           float   draw from the likeliest tokens up to the first that brings their sum above it; 1 is off
     max_nfe         int     denoise forwards to spend at most
     max_repetition_run  times that one token may stand in a row, 2 or more; of a policy that has such a guard

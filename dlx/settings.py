@@ -109,6 +109,9 @@ class Settings(BaseModel, frozen=True, extra="forbid", defer_build=True):
         max_length=64,
         description="name → LoRA adapter, a folder or ORG/NAME, that requests ask for by name",
     )
+    filters: bool = Field(
+        default=False, strict=True, description="let requests ask for top_k and top_p, which makes a step slower"
+    )
     watch: bool = Field(
         default=False, strict=True, description="keep proposals and confidences of undecided tokens for whoever watches"
     )

@@ -49,7 +49,8 @@ class Worker:
                 f"mask_token_id={self.ids.mask} is not among the {self.ids.vocab} ids of the tokenizer; "
                 "take config.json and tokenizer.json from the same checkpoint"
             )
-        self.policy = replace(bind(config.policy, self.card, config.block_length), watch=config.watch)
+        bound = bind(config.policy, self.card, config.block_length)
+        self.policy = replace(bound, watch=config.watch, filters=bound.filters or config.filters)
         assert self.policy.L is not None
         self.L = self.policy.L
         own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")

@@ -26,7 +26,7 @@ def serve(
            EngineError  for a server that does not answer a client who is alone
     """
     if not re.fullmatch(r"http://[^/:@]+:\d{1,5}", url):
-        raise ConfigError(f"--url {url} is not allowed; use http://HOST:PORT")
+        raise ConfigError(f"url={url!r} is not allowed; use http://HOST:PORT")
     given = {"clients": clients, "seconds": seconds, "questions": questions, "max-tokens": max_tokens}
     for name, value in given.items():
         if not value > 0:

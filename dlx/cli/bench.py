@@ -172,7 +172,7 @@ def serve(
     key = asked(call).key if api_key is None else api_key
     from dlx.bench import clients as load
 
-    record = load.serve(url.rstrip("/"), clients, seconds, questions, max_tokens, key)
+    record = load.serve(url.rstrip("/").removesuffix("/v1"), clients, seconds, questions, max_tokens, key)
     report.tell(record | {"command": command()}, load.sentence)
     return int(bool(record["failed"] or record["lost"]))
 

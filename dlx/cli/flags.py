@@ -95,7 +95,7 @@ class Asked(NamedTuple):
     @property
     def key(self) -> str | None:
         """The key of a server, as a client sends it."""
-        return None if self.server.api_key is None else self.server.api_key.get_secret_value()
+        return self.server.key
 
     def told(self, call: Callable[[], T]) -> T:
         """What a call returns; an error about a setting begins with where that setting stands."""

@@ -68,7 +68,7 @@ class Policy:
     turn      which part of a sequence a forward computes (see graphs/sequence.py); None: the window
     confidence  what ranks positions: prob of the candidate, margin over the next id, or entropy (the least first);
               `accept` is held against the probability all the same
-    filters   requests may ask for top_k and top_p; such a step is slower
+    filters   requests may ask for top_k and top_p; such a step is slower; Config.filters sets it too
     auto_max_nfe        a request without a max_nfe gets one in this forward, from its tokens per forward so far (see
                         stops.py; it can cut answers); None: never
     max_repetition_run  a token that stands so often in a row ends the answer; requests may override it; None: no guard

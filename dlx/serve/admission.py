@@ -43,7 +43,7 @@ class Admission:
 
     def __init__(self, app: ASGIApp, engine: AsyncEngine, options: Options, metrics: Metrics) -> None:
         self._app, self._engine, self._options, self._metrics = app, engine, options, metrics
-        self._key = None if options.api_key is None else _digest(options.api_key.get_secret_value().encode())
+        self._key = None if options.key is None else _digest(options.key.encode())
         self.inside, self.held = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

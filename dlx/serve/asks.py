@@ -129,7 +129,8 @@ class Desk:
 
 def name_of(policy: Any) -> str:  # Any: a Policy, bound
     """The name of a policy in the table of policies, however it was bound to a model; else "custom"."""
-    told = [field.name for field in fields(policy) if field.compare and field.name not in ("L", "full", "watch")]
+    own = ("L", "full", "watch", "filters")  # what a model, or a setting, decides
+    told = [field.name for field in fields(policy) if field.compare and field.name not in own]
     alike = [name for name, one in POLICIES.items() if all(getattr(one, f) == getattr(policy, f) for f in told)]
     return alike[0] if alike else "custom"
 

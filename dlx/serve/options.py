@@ -46,7 +46,7 @@ class Options(BaseModel):
 
     def check(self) -> None:
         """Raise ConfigError for a server that strangers could use by accident, or for limits at odds."""
-        if self.api_key is not None and not self.api_key.get_secret_value():
+        if self.key == "":
             raise ConfigError("api_key is empty; give a key, or leave it out")
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ConfigError(
@@ -58,6 +58,11 @@ class Options(BaseModel):
                 f"host={self.host!r} can be reached by others and there is no key; set api_key (DLX_API_KEY), use "
                 "host='127.0.0.1', or pass no_auth to serve everyone"
             )
+
+    @property
+    def key(self) -> str | None:
+        """The key as it is sent: a line end, which secrets in files and variables often have, is no part of it."""
+        return None if self.api_key is None else self.api_key.get_secret_value().strip()
 
     @property
     def _loopback(self) -> bool:

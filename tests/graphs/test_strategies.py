@@ -159,8 +159,8 @@ def test_numbers_that_no_rule_reads_are_refused(random8: Path) -> None:
             (SamplingParams(edit=0.5), "edit=0.5 has no rule that reads it"),
             (SamplingParams(remask=0.5), "remask=0.5 has no rule"),
             (SamplingParams(stability=0.5), "stability=0.5 has no rule"),
-            (SamplingParams(top_k=3), "top_k=3 and top_p=1.0 need a policy with filters=True"),
-            (SamplingParams(top_p=0.5), "top_k=0 and top_p=0.5 need a policy with filters=True"),
+            (SamplingParams(top_k=3), "top_k=3 and top_p=1.0 need filters=True"),
+            (SamplingParams(top_p=0.5), "top_k=0 and top_p=0.5 need filters=True"),
             (SamplingParams(top_p=1.5), "top_p=1.5 is not allowed"),
         ):
             with pytest.raises(RequestError, match=message):

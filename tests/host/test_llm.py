@@ -223,6 +223,14 @@ def test_the_last_allowed_forward_may_still_end_the_answer(four: LLM) -> None:
     assert one(four, CHAT, replace(LONG, max_nfe=whole.nfe - 1)).finish is Finish.MAX_NFE
 
 
+def test_filters_are_a_setting_for_any_policy(nano: Path) -> None:
+    one = SamplingParams(max_tokens=24, temperature=1.0, top_k=1, ignore_eos=True)
+    with LLM(nano, graphs="off", filters=True) as llm:
+        assert llm.policy.filters
+        first, second = (llm.generate("Qwerty asdf", replace(one, seed=seed))[0].token_ids for seed in (1, 2))
+    assert len(first) == 24 and first == second
+
+
 def test_an_answer_ends_before_a_stop_id_inside_a_block(four: LLM) -> None:
     inside = 0
     for prompt in prompts(3, seed=1):

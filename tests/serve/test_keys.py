@@ -100,8 +100,14 @@ def test_bodies_need_room_for_one() -> None:
 
 
 def test_an_empty_key_is_no_key() -> None:
-    with pytest.raises(ConfigError, match="api_key is empty"):
-        Options(api_key="").check()
+    for key in ("", "\n"):
+        with pytest.raises(ConfigError, match="api_key is empty"):
+            Options(api_key=key).check()
+
+
+def test_a_line_end_behind_a_key_is_no_part_of_it() -> None:
+    with Served(FakeEngine(), api_key=f"{KEY}\n") as served:
+        assert served.client.get("/v1/models", headers={"authorization": f"Bearer {KEY}".encode()}).status_code == 200
 
 
 def test_a_key_is_not_shown() -> None:
