@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from dlx.request import Chunk, Finish, Output, Request, Timings
 from dlx.tokenizer import TextStream, Tokenizer
+
+log = logging.getLogger(__name__)
 
 NOT_FINITE = "its logits were not finite"
 
@@ -112,7 +115,12 @@ class Answers:
     def last(self, request: Request, finish: Finish, error: str | None = None) -> Chunk:
         """The last chunk of a request that ends for another reason than what was committed."""
         request.finish = finish
-        rest = "" if error else self._open[request.id][1].add([], last=True).text
+        rest = ""
+        if error is None:
+            try:
+                rest = self._open[request.id][1].add([], last=True).text
+            except Exception:  # it ends all the same, without what was held back
+                log.exception("the end of the text of request %d failed", request.id)
         return Chunk(request.id, rest, [], finish, [], self._output(request), error, nfe=request.nfe)
 
     def _output(self, request: Request, stop: str | None = None) -> Output:

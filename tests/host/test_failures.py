@@ -151,6 +151,18 @@ def test_a_text_that_cannot_be_told_fails_its_request_alone(llm: LLM, alone: lis
     assert output is not None and output.token_ids == alone[1]
 
 
+def test_a_request_whose_text_cannot_be_ended_is_aborted_all_the_same(llm: LLM, fault: Fault) -> None:
+    engine = llm.engine
+    (id,) = engine.add_all([(PROMPTS[0], LONG)])
+    engine.step()
+    fault((engine._answers._open[id][1], "add"), OverflowError("out of range"))
+    chunk = engine.abort(id)
+    assert chunk is not None and chunk.output is not None
+    assert (chunk.finish, chunk.text) == (Finish.ABORT, "")
+    assert engine.idle
+    engine.scheduler.check_invariants()
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError()], ids=repr)
 def test_a_step_without_memory_fails_its_batch_however_often(
     llm: LLM, alone: list[list[int]], fault: Fault, error: Exception
