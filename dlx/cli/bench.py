@@ -194,6 +194,7 @@ def tune(
     budget_s: Annotated[float, Parameter(help="Seconds in all, shared evenly.")] = 540.0,
     folder: Annotated[Path | None, Parameter(help="Of records; else where dlx reads them.")] = None,
     trials: Annotated[Path | None, Parameter(help="Append every configuration with its time to this file.")] = None,
+    json: Annotated[bool, Parameter(help="Print one JSON object a case.")] = False,
     debug: Annotated[bool, Parameter(help="Log everything, and show tracebacks.")] = False,
 ) -> None:
     """Search launch configurations of the kernels on this GPU, and record them."""
@@ -206,4 +207,4 @@ def tune(
     for what, names, known in (("op", op, SUITES), ("shape", shape, SHAPES)):
         if wrong := [name for name in names or () if name not in known]:
             raise ConfigError(f"--{what} {wrong[0]} is unknown; use one of {', '.join(known)}")
-    run(op or [*SUITES], shape or [*SHAPES], rows or (), budget_s, folder or recorded(), trials, command())
+    run(op or [*SUITES], shape or [*SHAPES], rows or (), budget_s, folder or recorded(), trials, command(), json)

@@ -179,3 +179,9 @@ def test_without_a_gpu_the_tool_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tool.main(["--op", "linear"]) == 2
     assert "tuned on a GPU" in capsys.readouterr().err
+
+
+def test_a_case_is_told_in_words_or_as_one_json_object() -> None:
+    entry = {"key": [8, 512], "us": 1.5}
+    assert tune.line("linear x", 3, entry, as_json=False) == 'linear x: 3 tried, {"key": [8, 512], "us": 1.5}'
+    assert json.loads(tune.line("linear x", 3, entry, as_json=True)) == {"case": "linear x", "tried": 3, **entry}

@@ -56,12 +56,13 @@ def write(folder: Path, op: str, found: list[dict[str, Any]], command: str) -> P
 
 def run(
     ops: Sequence[str], shapes: Sequence[str], rows: Sequence[int], budget_s: float, folder: Path, trials: Path | None,
-    command: str,
+    command: str, as_json: bool = False,
 ) -> None:  # fmt: skip
     """Tune case after case; the files are written after each, so that what is done is kept.
 
     rows    positions of a forward; all if empty
     trials  file of lines to which every configuration is appended with its time
+    as_json  stdout gets a JSON object a case
     Raises ConfigError without a GPU
     """
     if not torch.cuda.is_available():
@@ -75,14 +76,14 @@ def run(
     for i, case in enumerate(cases):
         now = time.monotonic()
         if now > end:
-            print(f"time is over: {len(cases) - i} of {len(cases)} cases are left out")
+            print(f"time is over: {len(cases) - i} of {len(cases)} cases are left out", file=sys.stderr)
             return
         title = f"{case.op} {case.shape} {case.name}, {case.rows} rows"
         try:
             for ask, built, best in tune(case, device, done, now + (end - now) / (len(cases) - i)):
                 done.add((ask.op, ask.key))
                 entry = described(title, ask, built, best, roof)
-                print(f"{title}: {len(best.times)} tried, {json.dumps(entry)}", flush=True)
+                print(line(title, len(best.times), entry, as_json), flush=True)
                 found.setdefault(ask.op, []).append(entry)
                 write(folder, ask.op, found[ask.op], command)
                 if trials:
@@ -90,6 +91,15 @@ def run(
         except FAILURES as error:
             print(f"error: {title}: {error}", file=sys.stderr)
         release()
+
+
+def line(title: str, tried: int, entry: dict[str, Any], as_json: bool) -> str:
+    """What stdout gets of a case that was tuned."""
+    return (
+        json.dumps({"case": title, "tried": tried, **entry})
+        if as_json
+        else f"{title}: {tried} tried, {json.dumps(entry)}"
+    )
 
 
 def note(path: Path, title: str, times: dict[Any, float]) -> None:
