@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 import statistics
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -22,8 +21,25 @@ TEXT = " and twelve words of text, as a block of an answer might hold"
 METHOD = (
     "thread CPU time of the server's event loop / chunks, less that of a loop that only reads the same tickets; "
     "medians of rounds. Chunks of text cross from another thread, once a turn for all streams, as the engine's do; "
-    "clients read on loopback; there is no model"
+    "clients read on loopback, in a process of their own; there is no model"
 )
+
+# in a process of their own: threads of the server's would pass its interpreter's lock to and fro
+CLIENTS = """
+import json, socket, sys, threading
+port, streams = map(int, sys.argv[1:])
+body = json.dumps({"prompt": "a", "stream": True})
+head = f"POST /v1/completions HTTP/1.1\\r\\nhost: a\\r\\nconnection: close\\r\\ncontent-length: {len(body)}\\r\\n"
+heard = []
+def hear():
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.sendall(f"{head}content-type: application/json\\r\\n\\r\\n{body}".encode())
+        heard.append(b"".join(iter(lambda: peer.recv(1 << 20), b"")).count(b"data: {"))
+clients = [threading.Thread(target=hear) for _ in range(streams)]
+[client.start() for client in clients]
+[client.join() for client in clients]
+print(sum(heard))
+"""
 
 
 class Script:
@@ -106,23 +122,16 @@ def _served(streams: int, chunks: int) -> float:
     sock = bound(options)
     port, up, heard = sock.getsockname()[1], threading.Event(), list[int]()
 
-    def hear() -> None:
-        body = json.dumps({"prompt": "a", "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
-        with socket.create_connection(("127.0.0.1", port)) as peer:
-            peer.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
-            heard.append(sum(piece.count(b"data: {") for piece in iter(lambda: peer.recv(1 << 20), b"")))
-
     async def run() -> None:
         front = Front(cast(AsyncEngine, engine), {"script": None}, options)
         serving = asyncio.create_task(front.run(sock, lambda text: up.set() if text == "ready" else None))
-        clients = [threading.Thread(target=hear) for _ in range(streams)]
         while not up.is_set():
             await asyncio.sleep(0.01)
-        for client in clients:
-            client.start()
-        while any(client.is_alive() for client in clients):
-            await asyncio.sleep(0.05)
+        told = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CLIENTS, str(port), str(streams), stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await told.communicate()
+        heard.append(int(out))
         front.drain()
         await serving
 
