@@ -3,6 +3,7 @@
 python tools/bench.py latency --shape sdar-8b --block 4 --context 1024 --accept 4 [--forwards 64] [--prefill 2048]
 python tools/bench.py throughput --shape sdar-8b --block 32 --requests 16 --context 512 --max-tokens 256
 python tools/bench.py startup --shape sdar-8b --buckets 1,8,32 --prefill 2048
+python tools/bench.py invariance --shape sdar-8b --block 4 --requests 32 --context 256 --n 200
 python tools/bench.py policies --shape sdar-8b --block 16 --json FILE [NAME …]     adds to the runs in FILE
 """
 
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlx.bench import latency, startup, throughput
+from dlx.bench import invariance, latency, startup, throughput
 from dlx.bench.arguments import add_how, add_scene, how, scene, write
 from dlx.bench.policies import policies, table
 from dlx.bench.report import sentence
@@ -43,10 +44,13 @@ def arguments() -> argparse.ArgumentParser:
     start.add_argument("--policy", default="single_bd")
     start.add_argument("--only", choices=STARTS, help="else both")
     start.add_argument("--pack", type=Path, help="a pack that is there already; else one is written")
+    same = sub.add_parser("invariance", help="whether requests get the same tokens alone as in batches of --requests")
+    same.add_argument("--n", type=int, default=200, help="requests in all")
+    same.add_argument("--max-tokens", type=int, default=32, help="of the longest answer")
     rules = sub.add_parser("policies", help="what each policy's rules cost a forward, beside a forced schedule")
     rules.add_argument("names", nargs="*", metavar="NAME", help="policies; else all that are not in --json")
     rules.add_argument("--rounds", type=int, default=200, help="forwards timed of each policy")
-    for each in (one, many, start, rules):
+    for each in (one, many, start, same, rules):
         add_scene(each)
         add_how(each)
     return parser
@@ -68,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = latency(where, how(args), args.steps, command, args.prefill, args.first_block)
         elif args.what == "throughput":
             record = throughput(where, how(args), args.max_tokens, args.rows, command)
+        elif args.what == "invariance":
+            record = invariance(where, how(args), args.n, args.max_tokens, command)
         else:
             starts = [args.only] if args.only else STARTS
             record = startup(where, how(args), args.buckets, args.prefill, args.policy, command, starts, args.pack)

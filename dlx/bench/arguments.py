@@ -35,6 +35,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unroll", action="store_true", help="a launch runs its forwards one after the other")
     parser.add_argument("--quantization", choices=["fp8"], help="weights of the layers in fp8")
     parser.add_argument("--kv-cache-dtype", choices=list(KV_DTYPES), help="of K/V pages; else the model's")
+    parser.add_argument("--batch-invariant", action="store_true", help="launches of one shape, whatever the batch")
     parser.add_argument("--json", type=Path, help="write the record there")
 
 
@@ -65,7 +66,10 @@ def shape(name: str) -> Path:
 
 def how(args: argparse.Namespace) -> How:
     """What `add_how` was given."""
-    return How(args.graphs, args.device, args.dtype, args.forwards, args.unroll, args.quantization, args.kv_cache_dtype)
+    return How(
+        args.graphs, args.device, args.dtype, args.forwards, args.unroll, args.quantization, args.kv_cache_dtype,
+        args.batch_invariant,
+    )  # fmt: skip
 
 
 def write(path: Path | None, record: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dlx.bench.calls import touched
 from dlx.bench.clock import Replays, counted_syncs, forget_peak, peak_gib, there, wait
 from dlx.bench.forward import SCHEMA, kernels, loop, speed
-from dlx.bench.rates import read_rate
+from dlx.bench.prompts import matrices, prefill_flops
+from dlx.bench.rates import matmul_rate, read_rate
 from dlx.bench.scene import How, Scene, floor_bytes, prompts, stand
 from dlx.bench.trace import trace
 from dlx.provenance import provenance
@@ -16,7 +17,13 @@ from dlx.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from dlx.engine import Engine
+    from dlx.worker import Worker
 
+ROOF = (
+    "least_s: the larger of bytes / read_gbps and operations / matmul_tflops of prompts and of forwards, each as a "
+    "whole; bytes are every weight but an input table once a forward, and in decoding the K/V of the rows; operations "
+    "are of each prompt, of L positions a forward of a row with the head, and of L without it a committed block"
+)
 IDLE = "1 - (prefill + decode) / wall: wall is the host's clock, the others the time of their graphs by device events"
 
 
@@ -80,6 +87,7 @@ def measured(engine: Engine, scene: Scene, max_tokens: int, rows: int) -> dict[s
         **speed(each, need, bandwidth),
         "experts_touched": read,
         "read_gbps": bandwidth / 1e9,
+        "roof": roof(worker, scene, run, need, bandwidth, matmul_rate(worker.device)),
         "tokens": tokens,
         "nfe": nfe,
         "forwards": sum(run.launched),
@@ -98,6 +106,36 @@ def measured(engine: Engine, scene: Scene, max_tokens: int, rows: int) -> dict[s
         "graphs_s": ready_s,
         **kernels(worker, key, found),
         "peak_gib": peak_gib(worker.device),
+    }
+
+
+def roof(worker: Worker, scene: Scene, run: Run, need: dict[str, int], bandwidth: float, rate: float) -> dict[str, Any]:
+    """Seconds that the run's prompts and forwards need at the roof that binds each, and their share of the wall time.
+
+    need       bytes of a forward
+    bandwidth  bytes a second
+    rate       operations a second
+    """
+    card, L = worker.card, worker.L
+    asks, commits = sum(r.nfe for r in run.requests), sum(len(r.out) for r in run.requests) / L
+    keys = scene.context + len(run.requests[0].out) / 2
+    seen = 4 * card.heads * sum(D for _, D in card.kv) * keys
+    layers, head = 2 * matrices(worker) + seen, 2 * card.hidden * card.vocab
+    begun = sum(prefill_flops(worker, scene.context).values()) * scene.requests
+    weights = sum(p.nbytes for name, p in worker.net.named_parameters() if name.startswith("layers."))
+    decode = L * (asks * (layers + head) + commits * layers)
+    times = {
+        "prefill": (len(run.replays.ms("prefill")) * weights / bandwidth, begun / rate),
+        "decode": (sum(run.launched) * sum(need.values()) / bandwidth, decode / rate),
+    }
+    least_s = sum(map(max, times.values()))
+    return {
+        "memory_s": {name: memory for name, (memory, _) in times.items()},
+        "compute_s": {name: compute for name, (_, compute) in times.items()},
+        "matmul_tflops": rate / 1e12,
+        "least_s": least_s,
+        "share": least_s / run.wall_s,
+        "how": ROOF,
     }
 
 

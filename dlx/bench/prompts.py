@@ -97,18 +97,24 @@ def _begun(worker: Worker, scheduler: Scheduler, n: int, prompt: list[int], toke
 
 def prefill_flops(worker: Worker, tokens: int) -> dict[str, int]:
     """Operations that the prefill of a prompt needs: its matmuls without a head, with K experts, and visible keys."""
-    card, L, gemma, m = worker.card, worker.step, worker.card.gemma, worker.card.mixture
+    card, L, gemma = worker.card, worker.step, worker.card.gemma
     n = tokens if worker.policy.full else (tokens - card.shift) // L * L
-    named = [(k, p) for k, p in worker.net.named_parameters() if k.startswith("layers.") and not k.endswith("_scale")]
-    matrices = sum(p.numel() for _, p in named if p.dim() == 2)
-    if m is not None:  # a shared expert that lies among the others is one more
-        matrices += sum(p.numel() // len(p) * (m.active + m.joined) for _, p in named if p.dim() == 3)
     visible = n * n if worker.policy.full else n * (n + L) // 2  # all, or its own block and all before it
     seen = [visible] * card.layers
     if gemma is not None:
         near = min(n, gemma.window)
         seen = [visible if wide else near * (near + 1) // 2 + (n - near) * near for wide in gemma.everywhere]
     return {
-        "matmuls": 2 * n * matrices,
+        "matmuls": 2 * n * matrices(worker),
         "attention": 4 * card.heads * sum(keys * D for keys, (_, D) in zip(seen, card.kv, strict=True)),
     }
+
+
+def matrices(worker: Worker) -> int:
+    """Numbers in the matrices that a position meets, without the head; of experts the K that are chosen."""
+    m = worker.card.mixture
+    named = [(k, p) for k, p in worker.net.named_parameters() if k.startswith("layers.") and not k.endswith("_scale")]
+    found = sum(p.numel() for _, p in named if p.dim() == 2)
+    if m is not None:  # a shared expert that lies among the others is one more
+        found += sum(p.numel() // len(p) * (m.active + m.joined) for _, p in named if p.dim() == 3)
+    return found

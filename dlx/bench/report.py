@@ -8,8 +8,9 @@ Record = dict[str, Any]
 
 
 def sentence(record: Record) -> str:
-    """What a record of latency, throughput or startup says."""
-    return {"latency": _latency, "throughput": _throughput, "startup": _startup}[record["what"]](record)
+    """What a record of latency, throughput, startup or invariance says."""
+    says = {"latency": _latency, "throughput": _throughput, "startup": _startup, "invariance": _invariance}
+    return says[record["what"]](record)
 
 
 def _latency(r: Record) -> str:
@@ -44,8 +45,15 @@ def _throughput(r: Record) -> str:
         f"{scene['max_tokens']} tokens, {scene['rows']} at once: {r['tokens']} tokens in {wall_s:.2f} s; "
         f"{_forward(r)}; {_rest(r)}; "
         f"prefill {100 * r['prefill_s'] / wall_s:.1f} %, decode {100 * r['decode_s'] / wall_s:.1f} %; "
+        f"{100 * r['roof']['share']:.1f} % of the roof that binds ({_binding(r['roof'])}); "
         f"load {r['load_s']:.0f} s, peak {r['peak_gib']:.1f} GiB"
     )
+
+
+def _binding(roof: Record) -> str:
+    """What bounds prompts and what bounds forwards."""
+    pairs = {name: (roof["memory_s"][name], roof["compute_s"][name]) for name in ("prefill", "decode")}
+    return ", ".join(f"{name} {'memory' if m > c else 'compute'} {max(m, c):.2f} s" for name, (m, c) in pairs.items())
 
 
 def _forward(r: Record) -> str:
@@ -82,6 +90,16 @@ def _startup(r: Record) -> str:
             f"device {run['device_s']:.1f}, {read}{graphs}), weights and K/V {run['weights_s']:.1f} s apart"
         )
     return "; ".join(said)
+
+
+def _invariance(r: Record) -> str:
+    scene, cost = r["scene"], r["cost"]
+    return (
+        f"{scene['shape']} block {scene['block']}, {r['n']} requests of up to {scene['context']} + "
+        f"{scene['max_tokens']} tokens, {scene['requests']} at once: {r['invariant']['same']} the same alone and in a "
+        f"batch, {r['plain']['same']} without batch_invariant; it costs {cost['alone_s']:.3f} x the time alone, "
+        f"{cost['together_s']:.3f} x together"
+    )
 
 
 def _number(n: float | None) -> str:

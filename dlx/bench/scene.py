@@ -47,6 +47,7 @@ class How(NamedTuple):
     unroll: bool = False
     quantization: str | None = None
     kv_cache_dtype: str | None = None
+    batch_invariant: bool = False
 
 
 class Scene(NamedTuple):
@@ -95,7 +96,7 @@ class Scene(NamedTuple):
         return Config.from_args(
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
             max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
-            kv_cache_dtype=how.kv_cache_dtype, num_pages=pages,
+            kv_cache_dtype=how.kv_cache_dtype, num_pages=pages, batch_invariant=how.batch_invariant,
         )  # fmt: skip
 
     def worker(self, how: How, max_len: int, policy: Policy | None = None, pages: int | None = None) -> Worker:

@@ -4,9 +4,10 @@
                                         "configs": [{"key": [rows, …], "config": {field: value}, …}], "made": {…}}
 
 A look-up takes the exact key, else the next smaller first number (rows) with the rest of the key equal, else the
-file's default, else the code's. What a file holds may only make a kernel faster or slower: no field of a configuration
-changes a result beyond the order in which the parts of a reduction are added. So a file that cannot be read, is of
-another GPU, op or schema, or holds an impossible entry is told of once, and passed over.
+file's default, else what a GPU of the same processor recorded, else the code's. What a file holds may only make a
+kernel faster or slower: no field of a configuration changes a result beyond the order in which the parts of a reduction
+are added. So a file that cannot be read, is of another GPU, op or schema, or holds an impossible entry is told of once,
+and passed over.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 MOST_WARPS = 32
+KIN = {"nvidia-h200": "nvidia-h100-80gb-hbm3"}  # the same processor, other memory: serves until it has its own
 L = TypeVar("L", bound=tuple)  # a NamedTuple of ints and bools
 
 
@@ -54,18 +56,19 @@ def found(op: str, key: tuple[int, ...], default: L, fits: Callable[[L], bool]) 
     if not torch.cuda.is_available():
         return default
     gpu = slug(torch.cuda.get_device_name())
-    path = folder() / gpu / f"{op}.json"
-    records = read(path, gpu, op, type(default), tuple(map(type, default)))
-    by_rows = records.configs.get(key[1:], {})
-    for rows in sorted((n for n in by_rows if n <= key[0]), reverse=True):
-        if fits(by_rows[rows]):
-            return by_rows[rows]
-        if rows == key[0]:  # one for fewer rows need not suit these
-            tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
-    if records.default is not None:
-        if fits(records.default):
-            return records.default
-        tell(path)("its default does not fit this GPU")
+    for name in filter(None, (gpu, KIN.get(gpu))):
+        path = folder() / name / f"{op}.json"
+        records = read(path, name, op, type(default), tuple(map(type, default)))
+        by_rows = records.configs.get(key[1:], {})
+        for rows in sorted((n for n in by_rows if n <= key[0]), reverse=True):
+            if fits(by_rows[rows]):
+                return by_rows[rows]
+            if rows == key[0]:  # one for fewer rows need not suit these
+                tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
+        if records.default is not None:
+            if fits(records.default):
+                return records.default
+            tell(path)("its default does not fit this GPU")
     return default
 
 

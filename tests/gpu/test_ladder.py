@@ -116,3 +116,13 @@ def test_a_row_that_is_dropped_in_mid_loop_leaves_the_other_as_it_is(tiny: Path)
             if engine.idle:
                 break
     assert [(o.token_ids, o.nfe) for o in outputs] == [(alone.token_ids, alone.nfe)]
+
+
+@pytest.mark.parametrize("policy", ["single_bd", "multi_bd"])
+def test_two_hundred_answers_are_the_same_alone_and_in_a_batch(tiny: Path, policy: str) -> None:
+    params = SamplingParams(max_tokens=48)
+    how = {"device": "cuda", "graphs": "capture", "max_num_seqs": 16, "max_model_len": 512, "batch_invariant": True}
+    with LLM(tiny, policy=policy, **how) as llm:
+        together = [(o.token_ids, o.nfe) for o in llm.generate(chats(200), params)]
+        alone = [(o.token_ids, o.nfe) for chat in chats(200) for o in llm.generate([chat], params)]
+    assert sum(a == b for a, b in zip(alone, together, strict=True)) == 200

@@ -88,6 +88,22 @@ def test_a_gpu_without_records_takes_the_code_in_silence(write: Write, caplog: p
     assert not caplog.records
 
 
+def test_a_gpu_of_the_same_processor_lends_its_records_where_there_are_none(
+    write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert tuned("matmul", (4, 512, 256), CODE) == Launch(16, 2, 4)
+    own = path.parents[1] / "nvidia-h200" / path.name
+    own.parent.mkdir()
+    entry = {"key": [4, 512, 256], "config": config(128)}
+    own.write_text(json.dumps({"schema": 1, "op": "matmul", "gpu": "NVIDIA H200", "configs": [entry], "default": None}))
+    records.read.cache_clear()
+    assert tuned("matmul", (4, 512, 256), CODE) == Launch(128, 2, 4)
+    assert tuned("matmul", (16, 512, 999), CODE) == Launch(256, 2, 4)
+    assert not caplog.records
+
+
 def test_without_a_gpu_no_file_is_looked_at(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
