@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportAssignmentType=false, reportArgumentType=false
 """fp8 weights in the dtype of the activations, in the registers of a matmul on sm_90, exactly.
 
 The hardware turns e4m3 into fp16, two numbers an instruction; from fp16 to bf16 it takes one each, on a slow pipe. So
