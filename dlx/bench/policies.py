@@ -68,7 +68,7 @@ def policies(
     wanted = {name: named(name) for name in names or POLICIES if names or name not in runs}
     forced = {name: replace(Policy(), N=p.N, full=p.full, turn=p.turn, select=Fixed(scene.accept))
               for name, p in wanted.items()}  # fmt: skip
-    most = scene.context + 8 * scene.block * (1 + max((p.N for p in wanted.values()), default=1))
+    most = scene.context + 8 * scene.block * (1 + max(p.N for p in POLICIES.values()))  # the same whatever is wanted
     kept: tuple[Policy, Pinned] | None = None
     for name in sorted(wanted, key=lambda name: repr(forced[name])):  # one that suits several is built once
         try:

@@ -25,8 +25,8 @@ def chats(n: int) -> list[list[dict[str, str]]]:
 @contextmanager
 def no_sync() -> Iterator[None]:
     """Any operation that makes the host wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
