@@ -77,6 +77,24 @@ def linked(name: str) -> Damage:
     return damage
 
 
+def nested(name: str) -> Damage:
+    """A file of JSON that is nested deeper than a parser goes."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).write_text("[" * 200_000)
+
+    return damage
+
+
+def dangling(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to("/nowhere/model.safetensors")
+
+
+def template(folder: Path) -> None:
+    (folder / "chat_template.jinja").symlink_to("/etc/hostname")
+
+
 def pickled(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
@@ -97,6 +115,13 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "truncated": (truncated, (f"{SECOND} is truncated",)),
     "an index that climbs": (pointed("../outside.safetensors"), (weights.INDEX, "'../outside.safetensors'")),
     "a link out of the folder": (linked(SECOND), (SECOND, "is a link to", "outside of its folder")),
+    "a link to nothing out of the folder": (dangling, (SECOND, "is a link to /nowhere", "outside of its folder")),
+    "a tokenizer out of the folder": (linked("tokenizer.json"), ("tokenizer.json", "is a link to")),
+    "a template out of the folder": (template, ("chat_template.jinja", "is a link to")),
+    "a name of two lines": (put("a\n\x1b[1mb", torch.ones(3)), (SECOND, repr("a\n\x1b[1mb"), "is no name")),
+    "a config without end": (nested("config.json"), ("config.json cannot be read as JSON",)),
+    "an index without end": (nested(weights.INDEX), (weights.INDEX, "cannot be read as JSON")),
+    "a tokenizer's config without end": (nested("tokenizer_config.json"), ("tokenizer_config.json is no JSON",)),
     "a config out of the folder": (linked("config.json"), ("config.json", "is a link to")),
     "pickles": (pickled, ("pickle weights only (pytorch_model.bin)",)),
 }

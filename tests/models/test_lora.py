@@ -301,6 +301,16 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "truncated": (truncated, "is truncated"),
     "a link out of the folder": (linked, "outside of its folder"),
+    "half a rank": (facts(r=4.5), r"r=4\.5 is not allowed; expected an integer"),
+    "no patterns": (facts(rank_pattern="q_proj"), "rank_pattern='q_proj' is not allowed"),
+    "a factor twice": (
+        tensors(lambda x: x.update({f"{Q}.lora_A.default.weight": torch.ones(4, 96)})), r"lora_A of .*q_proj is twice"
+    ),
+    "a name of two lines": (tensors(lambda x: x.update({"a\nb": torch.ones(1)})), r"'a\\nb' is no name of a tensor"),
+    "NaN": (tensors(lambda x: x[f"{Q}.lora_B.weight"].fill_(torch.nan)), r"q_proj holds NaN or infinite values"),
+    "a pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), r"adapter_model\.bin may run code"
+    ),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
 }  # fmt: skip
 
@@ -315,7 +325,7 @@ def test_a_bad_adapter_is_refused_in_one_line_that_names_the_file(
     damage(folder)
     how: dict[str, Any] = {"lora": folder} if way == "merged" else {"adapters": {"bad": folder}}
     with pytest.raises(ModelError, match=words) as caught:
-        llm(base.folder, **how)
+        llm(base.folder, check_weights=True, **how)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
