@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlx import LLM, CapacityError, ConfigError, ModelError, SamplingParams, cli, convert, weights
+from dlx.config import TINY
 from dlx.models import family
 from dlx.models.card import Card
 from tests import families
@@ -227,4 +228,5 @@ def test_the_command_lists_every_family(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["models", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["architecture"] for row in rows} >= {"SDARForCausalLM", "DreamModel", "LLaDA2MoeModelLM"}
-    assert all(row["status"] == "decodes" for row in rows)
+    assert {row["family"] for row in rows if "trained" in row["status"]} == {opened(TINY).card.family}
+    assert all(row["status"].startswith("decodes; checked with ") for row in rows)
