@@ -6,7 +6,9 @@ The cost of loading: every header and tensor is read a fixed number of times, an
 from __future__ import annotations
 
 import gc
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dlx import LLM, ModelError, weights
+from dlx import LLM, ModelError, terminal, weights
+from dlx.live import waiting
 from dlx.models.card import Place
 from dlx.weights import files
 from dlx.weights.hub import fetched
@@ -259,6 +262,25 @@ def test_progress_is_told_when_asked(folder: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
     weights.load(folder, places, params, progress=True)
     assert "kB" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_drawn_under_a_commands_spinner_and_not_over_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {name: Place(name, 0, stored.shape) for name, stored in weights.index(folder).items()}
+    params = {name: torch.zeros(place.shape) for name, place in places.items()}
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    terminal.stderr.cache_clear()  # what it found stderr to be when it was made
+    with waiting("loading the model"):
+        weights.load(folder, places, params, progress=True)
+    terminal.stderr.cache_clear()
+    assert re.search(r"loading the model[^\n]*\n[^\n]*kB", screen.getvalue())
 
 
 class Hub:
