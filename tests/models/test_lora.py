@@ -271,7 +271,7 @@ def linked(folder: Path) -> None:
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a target that matches nothing": (facts(target_modules=[*TARGETS, "c_attn"]), r"target_modules has c_attn"),
     "a matrix that no target names": (facts(target_modules=TARGETS[1:]), "target_modules has nothing for .*q_proj"),
     "no targets": (facts(target_modules=[]), r"target_modules has nothing for model\.layers\.0\.mlp\.down_proj, "),
