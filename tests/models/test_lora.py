@@ -166,6 +166,23 @@ def test_without_adapters_no_layer_has_any_and_a_network_with_them_asks_whose_ro
         says(card, adapted, tuned)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["experts one by one", "stacked experts"])
+def test_an_adapter_of_an_expert_changes_that_expert_alone(tmp_path: Path, stacked: bool) -> None:
+    folder = write_family(tmp_path / "base", "llada2", network("llada2"), stacked)
+    module = "model.layers.2.mlp.experts.3.up_proj"
+    adapter = write_adapter(tmp_path / "adapter", {module: (24, 64)}, seed=2)
+    factors = load_file(adapter / adapter_files.WEIGHTS)
+    b, a = (factors[f"base_model.model.{module}.lora_{x}.weight"] for x in "BA")
+    with llm(folder) as plain, llm(folder, lora=adapter) as merged:
+        before, after = (dict(x.engine.worker.net.named_parameters()) for x in (plain, merged))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"layers.2.mlp.gate_up"}
+    added = after["layers.2.mlp.gate_up"] - before["layers.2.mlp.gate_up"]
+    torch.testing.assert_close(added[3, 24:], 6 / 4 * b @ a, rtol=1e-5, atol=1e-6)
+    added[3, 24:] = 0
+    assert not added.any()
+
+
 # the engine, on a checkpoint that decodes
 SHAPE = ZOO["b8"]
 HF = {"q": (192, 96), "k": (64, 96), "v": (64, 96), "o": (96, 192)}
