@@ -108,6 +108,18 @@ def test_every_forward_is_the_references(made: tuple[str, Any, Path], strategy: 
         assert excused <= 1
 
 
+@pytest.mark.parametrize("name", ["llada_moe", "diffucoder"])
+def test_the_other_families_trained_all_to_all_decode_by_their_own_policy_as_the_reference(
+    name: str, tmp_path: Path
+) -> None:
+    net = network(name, seed=1, spread=6.0)
+    with opened(write(tmp_path, name, net), None) as llm:
+        assert llm.policy.turn == POLICIES["fast_dllm_v1"].turn
+        forwards, excused = hold(llm, net, replace(DUAL, shift=FAMILIES[name].shift), prompts=4, seed=3)
+    assert forwards > 10
+    assert excused <= 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fifty_prompts_are_the_references(made: tuple[str, Any, Path], strategy: str) -> None:
