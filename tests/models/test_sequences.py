@@ -29,6 +29,10 @@ STRATEGIES: dict[str, tuple[str | Policy, How]] = {
         replace(POLICIES["vicinity"], turn=Refresh(left=5, right=3, warm_up=1)),
         replace(DUAL, left=5, right=3, warm_up=1),
     ),
+    "iter_smooth in a vicinity": (
+        replace(POLICIES["iter_smooth"], full=True, turn=Refresh(left=5, right=3, warm_up=1)),
+        replace(DUAL, left=5, right=3, warm_up=1, smooth=True),
+    ),
     "low_confidence": ("low_confidence", replace(DUAL, scope="all", rule="even")),
     "low_confidence in 3": (
         replace(POLICIES["low_confidence"], select=Even(3)),
@@ -169,6 +173,7 @@ def test_sub_blocks_without_a_cache_are_the_references(n: int, tmp_path: Path) -
         ("fast_dllm_v1_prefix", {"scope": "dual"}),
         ("vicinity", {"warm_up": 3}),
         ("vicinity", {"right": 0}),
+        ("iter_smooth in a vicinity", {"smooth": False}),
         ("topk_margin", {"by": "prob"}),
         ("random", {"by": "prob"}),
     ],
