@@ -72,7 +72,7 @@ class Number:
     """This one may run: a number of the host goes with the kernel."""
 
     def __call__(self, c: Candidates, w: Seen) -> Tensor:
-        return w.todo & (c.conf > torch.tensor(0.5)) | (torch.arange(8, device=c.conf.device) < 0)
+        return w.todo & (c.conf > torch.tensor(0.5)) | (torch.arange(c.conf.shape[-1], device=c.conf.device) < 0)
 
 
 @dataclass(frozen=True)
