@@ -33,6 +33,7 @@ TITLES = {
     "linear_fp8": "**linear, fp8 weights**: a layer's matmuls, share of read bandwidth by traffic; rows:",
     "candidates": "**candidates**: head and sampler, greedy; rows:",
     "attention": "**attention**: requests × queries at keys before them",
+    "attention_fp8": "**attention, fp8 K/V**: requests × queries at keys before them; what bf16 takes of it",
     "kv_store": "**kv_store**: requests × positions",
     "moe": "**moe**: route and experts; the roof is for the experts really touched; tokens:",
 }
@@ -99,7 +100,9 @@ def cases(record: Record) -> dict[str, str]:
     cells = {}
     for r in results:
         name = r["case"] if unique else str(r["rows"]) if alike else f"{r['case']}, {r['rows']}"
-        cells[name] = f"{r['us']:.1f} µs, {100 * r['of_roof']:.0f} %"
+        beside = r.get("others", {}).get("bf16")
+        other = "" if beside is None else f"; bf16 {beside / r['us']:.2f} ×"
+        cells[name] = f"{r['us']:.1f} µs, {100 * r['of_roof']:.0f} %{other}"
     return cells
 
 

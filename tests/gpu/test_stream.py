@@ -38,7 +38,7 @@ def tensors(T: int, K: int, N: int, fp8: bool) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["project", "swiglu", "accumulate"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize(("T", "K", "N"), [(5, 1040, 320), (40, 2048, 640), (130, 1040, 320)])
+@pytest.mark.parametrize(("T", "K", "N"), [(5, 1040, 320), (12, 1040, 320), (40, 2048, 640), (130, 1040, 320)])
 def test_a_launch_agrees_with_the_reference(T: int, K: int, N: int, fp8: bool, kind: int, config: Stream) -> None:
     x, weight, scale, h, gain, bias = tensors(T, K, N, fp8)
     squares = reference.squared(x.double()).float()
@@ -53,6 +53,15 @@ def test_a_launch_agrees_with_the_reference(T: int, K: int, N: int, fp8: bool, k
     for one, two in zip(got, stream.launch(*args), strict=True):
         assert torch.equal(one, two)
     assert not locks(x.device).any()
+
+
+@pytest.mark.parametrize("T", [5, 12, 40])
+def test_fp16_activations_take_fp8_weights(T: int) -> None:
+    x, weight, scale, *_ = tensors(T, 1040, 320, fp8=True)
+    x, squares = x.half(), reference.squared(x.double()).float()
+    got, *_ = stream.launch(0, x, weight, squares, None, None, 1e-6, scale, None, Stream(64, 128, 1, 2, 1))
+    want = reference.project(x.double(), squares.double(), weight.double(), 1e-6, False, scale, None)
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("splits", [2, 16, 64])

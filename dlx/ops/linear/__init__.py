@@ -14,7 +14,7 @@ Source   split-K with an ordered last-block reduction (stream-K's fix-up); progr
 T is 256 at most; wider ones belong to cuBLAS. Weight, gain, scale and bias are parameters: they are read before the
 kernel before has ended, so no kernel in flight may write them.
 
-`stream.py` is the kernel for sm_90, `tiles.py` the one for the rest.
+`stream.py` is the kernel for sm_90 (`e4m3.py`: its fp8 weights), `tiles.py` the one for the rest.
 """
 
 from __future__ import annotations

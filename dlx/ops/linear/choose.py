@@ -37,8 +37,10 @@ def choose_stream(kind: int, T: int, N: int, K: int, itemsize: int, limit: int) 
         tiled = config.SUB in (64, 128) and config.BK >= 64
         return tiled and stream.shared_bytes(config, T, swiglu, itemsize) <= limit
 
-    # fp8 is bound by what turns it into bf16: deeper tiles, and two programs a processor that take turns
+    # fp8: tiles of 256 while three fit, and two programs a processor that take turns
     BK, share, most, least = (256, limit // 2, 4096, 120) if itemsize == 1 else (128, limit, 8192, 60)
+    if 3 * stream.shared_bytes(Stream(64, BK, 1, 1, 1), T, swiglu, itemsize) > share:
+        BK = 128
     programs = -(-(N // 2 if swiglu else N) // 64)
     splits = 1
     while K // (splits * 2) >= 512 and (programs * splits < least or K // splits > most):

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, t
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dlx.ops.linear.e4m3 import columns, ordered, rows, widened
 from dlx.ops.linear.reference import parts
 from dlx.ops.op import launch_options, locks, power_of_two
 
@@ -84,14 +85,14 @@ def _linear_stream(
     tile = gl.program_id(0)
     split = gl.program_id(1)
     deep = gl.program_id(2)
-    if FP8 and BT <= 16:  # both operands from registers, so that a thread may take 8 fp8 in a row
+    NARROW: gl.constexpr = FP8 and BT <= 16  # both operands from registers, so that a thread may take 4 fp8 in a row
+    if NARROW:
         ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     else:
         ACC: gl.constexpr = gl.NVMMADistributedLayout(
             version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BT, 16]
         )
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=8 if BT <= 16 else 2)
-    B: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=ACC, k_width=8)
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     FLAT: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
     NORM: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
     NACC: gl.constexpr = 2 if KIND == 1 else 1
@@ -142,17 +143,21 @@ def _linear_stream(
         here = full.index(stage)
         mbarrier.wait(here, (step // STAGES) & 1)
         right = x.index(stage).permute((1, 0))
-        if FP8 and BT <= 16:
-            right = right.load(B)
-            acc = mma_v2(w.index(stage * NACC).load(A).to(x_desc.dtype), right, acc)
+        if NARROW:
+            x_low, x_high = columns(right, ACC, BK, BT, WARPS)
+            w_low, w_high = rows(w.index(stage * NACC), x_desc.dtype, ACC, SUB, BK)
+            acc = mma_v2(w_low, x_low, acc)
             if NACC == 2:
-                acc_up = mma_v2(w.index(stage * NACC + 1).load(A).to(x_desc.dtype), right, acc_up)
+                acc = mma_v2(w_high, x_high, acc)
+                w_low, w_high = rows(w.index(stage * NACC + 1), x_desc.dtype, ACC, SUB, BK)
+                acc_up = mma_v2(w_low, x_low, acc_up)
+            acc_up = mma_v2(w_high, x_high, acc_up)
         else:
             if FP8:
-                left = w.index(stage * NACC).load(A).to(x_desc.dtype)
+                left = widened(w.index(stage * NACC).load(A), x_desc.dtype, 2)
                 acc = warpgroup_mma(left, right, acc, is_async=True)
                 if NACC == 2:
-                    left = w.index(stage * NACC + 1).load(A).to(x_desc.dtype)
+                    left = widened(w.index(stage * NACC + 1).load(A), x_desc.dtype, 2)
                     acc_up = warpgroup_mma(left, right, acc_up, is_async=True)
             else:
                 acc = warpgroup_mma(w.index(stage * NACC), right, acc, is_async=True)
@@ -170,6 +175,11 @@ def _linear_stream(
                 w_desc, [tile * SUB + j * (N // 2), k], here, w.index(stage * NACC + j), more
             )
         tma.async_copy_global_to_shared(x_desc, [deep * BT, k], here, x.index(stage), more)
+    if NARROW:
+        acc = ordered(acc, SUB, BT)
+        acc_up = ordered(acc_up, SUB, BT)
+        if NACC == 1:  # two halves of K
+            acc += acc_up
     total = gl.convert_layout(acc, FLAT)
     total_up = gl.convert_layout(acc_up, FLAT)
     if not SPLIT:
