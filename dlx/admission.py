@@ -101,6 +101,7 @@ class Admission:
             seed=random.getrandbits(62) if p.seed is None else p.seed,
             lora=self.adapters.index(p.adapter or ""),
             ids=self._ids(request) if self.policy.turn else (),
+            fixed=[] if self.policy.turn else [(len(request.prompt) + at, tok) for at, tok in p.fixed],
         )
 
     def open(self, request: Request) -> int:
@@ -153,10 +154,10 @@ class Admission:
                 raise RequestError(
                     f"stop_token_ids has {tok}; pass ids from 0 to {card.vocab - 1} other than the mask id"
                 )
-        if params.fixed and not self.whole:
+        if params.fixed and self.policy.canvas is not None:
             raise RequestError(
-                "fixed tokens of the answer need a policy that computes whole sequences, and this one decodes from "
-                "left to right; use policy='fast_dllm_v1' or 'low_confidence' with a model trained all-to-all"
+                f"fixed has {len(params.fixed)} tokens, and a canvas, which is drawn anew whole, can hold none; "
+                "leave fixed out, or use a model that decodes masks"
             )
         for _, tok in params.fixed:
             if tok >= card.vocab or tok == card.mask_id:

@@ -65,7 +65,8 @@ class Rows:
 
     def _admit(self, slot: int, row: Row) -> None:
         width, W, stops = self.buf.tok.shape[2], self.buf.pages.shape[1], self.buf.stops.shape[1]
-        buffer.admit_(self.buf, slot, self.send(buffer.pack(row, width, W, stops)), self.mask)
+        fixed = self.send(torch.tensor(row.fixed, dtype=torch.int32)) if row.fixed else None
+        buffer.admit_(self.buf, slot, self.send(buffer.pack(row, width, W, stops)), self.mask, fixed)
         if row.ids:
             ids = self.send(torch.tensor(row.ids, dtype=torch.int32))
             sequence.admit_(self.sequences, slot, ids, self.mask)

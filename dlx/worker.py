@@ -124,7 +124,7 @@ class Worker:
         E = 0 if turn is not None else E
         self.buf = buffer.allocate(
             B, self.policy.N, self.width, W, STOP_IDS, self.device, E, config.torch_dtype,
-            self.policy.memory(self.width),
+            self.policy.memory(self.width), 1 if turn is not None or is_canvas else self.max_len + 1,
         )  # fmt: skip
         self.sequences = sequence.allocate(B, self.shapes.tokens[-1] + self.L if turn is not None else 0, self.device)
         self.memory = canvas.allocate(B, self.L, self.card.hidden if is_canvas else 0, config.torch_dtype, self.device)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -88,6 +88,7 @@ class Ask:
     max_nfe: int | None = None
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    fixed: Mapping[int, int] = field(default_factory=dict)  # offset in the answer → token that stands there
 
 
 class Forward(NamedTuple):
@@ -148,18 +149,22 @@ def decode(network: Network, prompt: list[int], strategy: Strategy, ask: Ask) ->
     """Decode one prompt."""
     mask, L = network.mask_id, strategy.L
     stops = frozenset() if ask.ignore_eos else ask.stop_ids
-    limit = len(prompt) + ask.max_tokens
+    most = ask.max_tokens
+    while most > 1 and most - 1 in ask.fixed:  # what is fixed behind the last gap is not decoded
+        most -= 1
+    limit = len(prompt) + most
+    fixed = {len(prompt) + i: tok for i, tok in ask.fixed.items()}
     base, opened = len(prompt) // L, 1
-    ids = prompt + [mask] * ((base + 1) * L - len(prompt))
+    ids = prompt + [fixed.get(p, mask) for p in range(len(prompt), (base + 1) * L)]
     out: list[int] = []
-    age: dict[int, int] = {}
+    age = dict.fromkeys(fixed, 0)
     forwards: list[Forward] = []
     while True:
-        lead = leading(ids, base, L, mask)
+        lead = leading(ids, base, L, mask) if forwards else 0  # a block is whole once a forward left it so
         room = min(strategy.N + (1 if lead > 0 else 0), math.ceil((limit - base * L) / L))
         if progress(ids, base + opened - 1, L, mask) >= strategy.open_at and room > opened:
             opened += 1
-            ids = ids + [mask] * L
+            ids = ids + [fixed.get(len(ids) + i, mask) for i in range(L)]
         forward = look(network, ids, base, opened, lead, strategy)
         ids = list(ids)
         for pos, tok in forward.wrote.items():
@@ -169,11 +174,13 @@ def decode(network: Network, prompt: list[int], strategy: Strategy, ask: Ask) ->
         base, opened = base + lead, opened - lead
         end = (base + leading(ids, base, L, mask)) * L
         settled = ids.index(mask, base * L) if mask in ids[base * L :] else len(ids)  # nothing before it changes
-        if settled >= limit or stops.intersection(ids[len(prompt) + len(out) : settled]):
+        if settled >= limit or any(ids[p] in stops and p not in fixed for p in range(len(prompt) + len(out), settled)):
             end = settled
-        finish = deliver(ids, len(prompt), end, limit, stops, out)
+        finish = deliver(ids, len(prompt), end, limit, stops, out, fixed)
         if finish is None and len(forwards) == ask.max_nfe:
-            finish = deliver(ids, len(prompt), settled, limit, stops, out) or "max_nfe"
+            finish = deliver(ids, len(prompt), settled, limit, stops, out, fixed) or "max_nfe"
+        if finish == "length":
+            out += [ask.fixed[i] for i in range(most, ask.max_tokens)]
         if finish is not None:
             ages = [age[len(prompt) + i] for i in range(len(out))]
             return Decoded(out, finish, len(forwards), forwards, ages)
@@ -192,11 +199,13 @@ def progress(ids: list[int], block: int, L: int, mask: int) -> float:
     return sum(tok != mask for tok in ids[block * L : (block + 1) * L]) / L
 
 
-def deliver(ids: list[int], first: int, end: int, limit: int, stops: Iterable[int], out: list[int]) -> str | None:
+def deliver(
+    ids: list[int], first: int, end: int, limit: int, stops: Iterable[int], out: list[int], fixed: Iterable[int] = ()
+) -> str | None:
     """Append the tokens that follow `out` up to position `end` → why the answer ends, if it does."""
     while first + len(out) < min(end, limit):
         out.append(ids[first + len(out)])
-        if out[-1] in stops:
+        if out[-1] in stops and first + len(out) - 1 not in fixed:
             return "stop"
     return "length" if first + len(out) == limit else None
 

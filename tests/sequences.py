@@ -194,7 +194,7 @@ def decode(
         block = list(range(s, s + L if causal else min(s + L, end))) if how.blocks else list(range(P, end))
         if causal:
             todo = [p for p in block if ids[p] == MASK]
-            first = s + (todo[0] - s) // how.size * how.size
+            first = s + (todo[0] - s) // how.size * how.size if todo else s  # all of it is fixed
             sub = list(range(first, first + how.size))
             alone = how.cached and not refresh and ids[first] != MASK
             at = sub if alone else list(range(s + L))

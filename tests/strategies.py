@@ -7,7 +7,7 @@ transformers' network over the whole sequence up to the block's end. What a stra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,6 +31,10 @@ class Block:
     edits: int = 0
     soft: dict[int, Tensor] = field(default_factory=dict)  # position → embedding, instead of its token's
     credit: Tensor | None = None  # [L, V]
+    held: frozenset[int] = frozenset()  # positions that are fixed
+
+    def own(self) -> list[int]:
+        return [i for i in range(self.given, len(self.ids)) if i not in self.held]
 
     def masks(self) -> list[int]:
         return [i for i, tok in enumerate(self.ids) if tok == self.mask]
@@ -69,7 +73,7 @@ def edit(b: Block, E: Tensor, over: float = 0.9, cap: int = 16) -> bool:
     before, masks = list(b.ids), b.masks()
     b.edits += not masks
     change = above(b, b.accept) or surest(b)
-    change |= {i for i in range(b.given, len(b.ids)) if before[i] != b.mask and b.conf(i) > over}
+    change |= {i for i in b.own() if before[i] != b.mask and b.conf(i) > over}
     b.write(change)
     return not masks and (b.ids == before or b.edits >= cap)
 
@@ -82,8 +86,8 @@ def dmax(b: Block, E: Tensor, cap: int = 16) -> bool:
     n = 0
     while n < len(masks) and conf[masks[n]] >= b.accept:
         n += 1
-    b.write({i for i in range(b.given, len(b.ids)) if before[i] != b.mask} | set(masks[: max(n, 1)]))
-    sure = all(conf[i] >= 0.9 for i in range(b.given, len(b.ids)))
+    b.write({i for i in b.own() if before[i] != b.mask} | set(masks[: max(n, 1)]))
+    sure = all(conf[i] >= 0.9 for i in b.own())
     return not b.masks() and (b.ids == before or sure or b.edits >= cap)
 
 
@@ -91,7 +95,7 @@ def merged(b: Block, E: Tensor, cap: int = 16) -> bool:
     """DMax with its token merge: p · E(token) + (1 − p) · E(mask), brought back to the mean of their norms."""
     over = dmax(b, E, cap)
     b.soft = {}
-    for i in range(b.given, len(b.ids)):
+    for i in b.own():
         p, tok = b.best(i)
         if b.ids[i] == tok:
             e = p * E[tok] + (1 - p) * E[b.mask]
@@ -108,7 +112,7 @@ def likely(b: Block, i: int, k: int, E: Tensor) -> Tensor:
 def smoothed(b: Block, E: Tensor, cap: int = 16) -> bool:
     """DMax's decoding with iter_smooth_topk: E(token) + Σ p · E(id) over four ids, weight 1."""
     over = dmax(b, E, cap)
-    decided = [i for i in range(b.given, len(b.ids)) if b.ids[i] != b.mask]
+    decided = [i for i in b.own() if b.ids[i] != b.mask]
     b.soft = {i: E[b.ids[i]] + likely(b, i, 4, E) for i in decided}
     return over
 
@@ -151,7 +155,7 @@ def credit(b: Block, E: Tensor) -> bool:
 
 
 def sequential(b: Block, E: Tensor) -> bool:
-    b.write({b.masks()[0]})
+    b.write(set(b.masks()[:1]))
     return not b.masks()
 
 
@@ -164,8 +168,8 @@ def within(b: Block, E: Tensor, size: int = 8) -> bool:
     """Fast-dLLM v2 without its block cache: of the first sub-block that has masks, what is sure, or the surest."""
     masks = b.masks()
     here = {i for i in masks if i // size == masks[0] // size}
-    best = min(here, key=lambda i: (-b.conf(i), i))
-    b.write(above(b, b.accept) & here or {best})
+    best = sorted(here, key=lambda i: (-b.conf(i), i))[:1]
+    b.write(above(b, b.accept) & here or set(best))
     return not b.masks()
 
 
@@ -215,19 +219,26 @@ def decode(
     stop: int,
     jitter: float = 0,
     stays: bool = False,
+    fixed: Mapping[int, int] | None = None,
 ) -> Trail:
     """Decode one prompt by one rule; `jitter` moves each logit by up to so much.
 
     stays  decided tokens stay: the answer ends as soon as its stop id, or its last token, has no mask before it
+    fixed  offset in the answer → token that stands there beforehand; no stop id, and behind the last gap not decoded
     """
-    L, mask, limit = net.L, net.mask_id, len(prompt) + most
+    L, mask, fixed, P, total = net.L, net.mask_id, fixed or {}, len(prompt), most
+    while most > 1 and most - 1 in fixed:
+        most -= 1
+    limit = P + most
     E = net.net.get_input_embeddings().weight.detach()
     rng = torch.Generator().manual_seed(0)
     done, steps = list(prompt), list[list[int]]()
     base = len(prompt) // L * L
     while True:
         given = len(done) - base
-        b = Block(done[base:] + [mask] * (L - given), given, mask, len(steps), accept)
+        block = [fixed.get(p - P, mask) for p in range(len(done), base + L)]
+        held = frozenset(p - base for p in range(len(done), base + L) if p - P in fixed)
+        b = Block(done[base:] + block, given, mask, len(steps), accept, held=held)
         over = False
         while not over:
             b.forward = len(steps)
@@ -237,11 +248,17 @@ def decode(
             steps.append(trimmed((done[:base] + b.ids)[len(prompt) :], mask))
             settled = [*(done[:base] + b.ids)[len(prompt) : limit], mask]
             settled = settled[: settled.index(mask)]
-            over = over or (stays and (stop in settled or len(settled) == most))
+            over = over or (stays and (ends(settled, stop, fixed) is not None or len(settled) == most))
         done, base = done[:base] + b.ids, base + L
         out = done[len(prompt) : limit]
-        if stop in out or len(done) >= limit:
-            return Trail(out[: out.index(stop)] if stop in out else out, steps)
+        end = ends(out, stop, fixed)
+        if end is not None or len(done) >= limit:
+            return Trail(out[:end] if end is not None else out + [fixed[i] for i in range(most, total)], steps)
+
+
+def ends(out: list[int], stop: int, fixed: Mapping[int, int]) -> int | None:
+    """Where the first stop id is that is not fixed."""
+    return next((i for i, tok in enumerate(out) if tok == stop and i not in fixed), None)
 
 
 def probabilities(net: Qwen3, done: list[int], b: Block, E: Tensor, rng: torch.Generator, jitter: float) -> Tensor:

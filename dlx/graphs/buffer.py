@@ -25,7 +25,7 @@ class BlockBuffer(NamedTuple):
     """The rows' state, read and written by the step alone; `admit_` writes a row."""
 
     tok: Tensor  # [B, N+1, L]       int32  window tokens
-    held: Tensor  # [B, N+1, L]       bool   given tokens (the prompt's tail), never edited
+    held: Tensor  # [B, N+1, L]       bool   given tokens (the prompt's tail, what is fixed), never edited
     whole: Tensor  # [B, N+1]          bool   block is decided; its next forward writes its final K/V
     open: Tensor  # [B]               int32  leading places that take part
     start: Tensor  # [B]               int32  absolute position of tok[b, 0, 0]
@@ -38,6 +38,9 @@ class BlockBuffer(NamedTuple):
     done: Tensor  # [B]               bool   the row is inert: writes no K/V, commits nothing
     lora: Tensor  # [B]               int32  adapter slot; 0 is none
     last: Tensor  # [B, E or 0]       final hidden state before `start`, where a token is read off the position before
+    fixed: (
+        Tensor  # [B, T]            int32  what is at a position beforehand: an id, or the mask, as in the last column
+    )
     mem: dict[str, Tensor]  # [B, N+1, …] each  what the policy's rules keep, by name
 
 
@@ -66,13 +69,17 @@ class Row(NamedTuple):
     seed: int
     lora: int = 0
     ids: Sequence[int] = ()  # with a turn: the sequence's end and itself, which `pack` leaves out (see sequence.py)
+    fixed: Sequence[tuple[int, int]] = ()  # without: (position, id) of what is fixed; `pack` leaves it out too
 
 
 def allocate(
     B: int, N: int, L: int, W: int, stops: int, device: torch.device, E: int = 0, dtype: torch.dtype = torch.float32,
-    mem: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = MappingProxyType({}),
+    mem: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = MappingProxyType({}), T: int = 1,
 ) -> BlockBuffer:  # fmt: skip
-    """A buffer whose rows are all done; E is 0 where no hidden state is kept, `mem` as of Policy.memory."""
+    """A buffer whose rows are all done; E is 0 where no hidden state is kept, `mem` as of Policy.memory.
+
+    T  one more than the positions at which something may be fixed
+    """
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
@@ -92,6 +99,7 @@ def allocate(
         done=torch.ones(B, dtype=torch.bool, device=device),
         lora=zeros(B),
         last=zeros(B, E, dtype=dtype),
+        fixed=zeros(B, T),
         mem={name: zeros(B, N + 1, *shape, dtype=kind) for name, (shape, kind) in mem.items()},
     )
 
@@ -133,8 +141,17 @@ def pack(row: Row, L: int, W: int, stops: int) -> Tensor:
     return torch.cat((head, num, seed, given, pages, ends))
 
 
-def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
-    """Write one packed row [·] int32, already on the device, into `slot`; no host sync."""
+def fixed_at(fixed: Tensor, start: Tensor, places: int, L: int) -> Tensor:
+    """[B, places, L] int32: what stands beforehand at the positions from `start` [B] on; fixed [B, T]."""
+    at = start[:, None] + torch.arange(places * L, dtype=torch.int32, device=fixed.device)
+    return fixed.gather(1, at.clamp_max(fixed.shape[1] - 1).long()).view(-1, places, L)
+
+
+def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int, fixed: Tensor | None = None) -> None:
+    """Write one packed row [·] int32, already on the device, into `slot`; no host sync.
+
+    fixed  [n, 2] int32  positions, and the ids that stand there beforehand; None: nothing does
+    """
     _, places, L = buf.tok.shape
     sizes = (3, len(COUNTS), len(NUMBERS), 2, L, buf.pages.shape[1], buf.stops.shape[1])
     head, ints, num, seed, given, pages, stops = packed.split(sizes)
@@ -157,4 +174,10 @@ def admit_(buf: BlockBuffer, slot: int, packed: Tensor, mask: int) -> None:
     buf.lora[slot].copy_(head[2])
     for kept in buf.mem.values():
         kept[slot].fill_(0)
+    buf.fixed[slot].fill_(mask)
+    if fixed is not None:
+        buf.fixed[slot].index_copy_(0, fixed[:, 0].long(), fixed[:, 1])
+        tok = fixed_at(buf.fixed[slot][None], head[:1], places, L)[0]
+        buf.tok[slot].copy_(torch.where(tok == mask, buf.tok[slot], tok))
+        buf.held[slot].logical_or_(tok != mask)
     buf.done[slot].fill_(False)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox
+from dlx.graphs.buffer import COUNTS, NUMBERS, RUNNING, BlockBuffer, Outbox, fixed_at
 from dlx.graphs.packing import fitting, layout, seats
 from dlx.graphs.policies import Policy
 from dlx.graphs.rules import Candidates, Memory, Seen
@@ -96,7 +96,7 @@ def denoise(
     taken = shown if room is None else fitting(shown, lead, room)
     given = None
     if policy.full:  # what the window still has of the prompt sees all of the prompt, and nothing else
-        given = torch.where(taken > 0, buf.start + buf.held.flatten(1).sum(1, dtype=torch.int32), 0)
+        given = torch.where(taken > 0, buf.ints[:, COUNTS.index("given")], 0)
     there = layout(buf, taken, room, given)
     part = seat < taken[:, None]
     ahead = lead > 0
@@ -131,7 +131,7 @@ def denoise(
     if policy.watch:
         mem |= {name: cut.back(buf.mem[name], kept) for name, kept in proposals(c, w, tok, w.mem).items()}
     tok, whole = cut.back(buf.tok, tok), cut.back(buf.whole, whole)
-    bad = (w.todo & ~c.conf.isfinite()).flatten(1).any(1)
+    bad = (w.todo & ~c.conf.isfinite()).any(-1).any(-1)  # of blocks first: with what the rules reduce so
 
     # commit: leading blocks that were whole before this forward now have their final K/V; slide them out
     at("commit")
@@ -211,12 +211,14 @@ def propose(
 def slide(
     buf: BlockBuffer, tok: Tensor, whole: Tensor, opened: Tensor, n: Tensor, mask: int, mem: Memory
 ) -> BlockBuffer:
-    """The window moved on by n [B] blocks; fresh places are masked and closed."""
+    """The window moved on by n [B] blocks; fresh places are closed, and masked where nothing is fixed."""
     _, places, L = tok.shape
     source = torch.arange(places, device=tok.device) + n[:, None]
     fresh = source >= places
     source = source.clamp_max(places - 1)
     wide = source[..., None].expand(-1, -1, L)
+    start = buf.start + n * L
+    there = fixed_at(buf.fixed, start, places, L)
 
     def moved(x: Tensor) -> Tensor:
         """Fresh places hold zeros."""
@@ -225,10 +227,10 @@ def slide(
         return torch.where(fresh.view(-1, places, *tail), 0, kept)
 
     return buf._replace(
-        tok=torch.where(fresh[..., None], mask, tok.gather(1, wide)),
-        held=~fresh[..., None] & buf.held.gather(1, wide),
+        tok=torch.where(fresh[..., None], there, tok.gather(1, wide)),
+        held=torch.where(fresh[..., None], there != mask, buf.held.gather(1, wide)),
         whole=~fresh & whole.gather(1, source),
         open=opened - n,
-        start=buf.start + n * L,
+        start=start,
         mem={name: moved(kept) for name, kept in mem.items()},
     )

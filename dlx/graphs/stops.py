@@ -55,7 +55,8 @@ def committed(
     tok, held = new.tok[:, :-1].flatten(1), new.held[:, :-1].flatten(1)
     beyond = tok.shape[1]
     at = torch.arange(beyond, device=tok.device, dtype=torch.int32)
-    first = torch.where(tok == mask, at, beyond).amin(1)
+    closed = at >= (new.open * L)[:, None]  # what is fixed there is not reached yet
+    first = torch.where(closed | (tok == mask), at, beyond).amin(1)
     n = torch.where(spent, first, leading(new.whole) * L)
     room = column(new, "limit") - new.start
     n, reach = (torch.minimum(x, room) for x in (n, torch.maximum(n, first) if policy.keeps else n))
