@@ -35,7 +35,9 @@ def budgeted(policy: Policy, new: BlockBuffer, mask: int) -> BlockBuffer:
     if policy.auto_max_nfe is None:
         return new
     given = column(new, "given")
-    tokens = new.start + (new.tok != mask).flatten(1).sum(1, dtype=torch.int32) - given
+    seat = torch.arange(new.tok.shape[1], device=new.tok.device)
+    there = (new.tok != mask) & (seat < new.open[:, None])[..., None]  # what is fixed behind is not reached yet
+    tokens = new.start + there.flatten(1).sum(1, dtype=torch.int32) - given
     most = (column(new, "limit") - given) * new.age
     worth = torch.maximum(new.age, -(-most // torch.maximum(tokens, new.age).clamp_min(1)))
     now = ~new.done & (new.age == policy.auto_max_nfe) & (column(new, "max_nfe") == UNLIMITED)

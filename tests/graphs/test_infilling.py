@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from dlx import LLM, SamplingParams
-from dlx.graphs import packing
+from dlx.graphs import buffer, packing
 from dlx.graphs.policies import POLICIES
 from dlx.graphs.rules import SubBlock, Within
+from dlx.graphs.step import Ids, step_
 from tests import sequences
-from tests.checkpoints import STOP, ZOO, write
+from tests.checkpoints import STOP, ZOO, Shape, write
 from tests.families import FAMILIES, network
 from tests.families import STOP as END
 from tests.families import write as written
+from tests.graphs.test_step import Table, begin
+from tests.graphs.test_step import decode as decoded
 from tests.graphs.test_strategies import differ, opened, trail
 from tests.models.test_family_decoding import STRATEGIES as WINDOWS
 from tests.models.test_family_decoding import Speaker
@@ -120,13 +123,13 @@ def test_a_window_with_fixed_tokens_decodes_forward_for_forward_like_its_loop(
                 net.prompt = len(prompt)
             bar, nfe = torch.tensor((0.35, 0.6, 0.85)[i % 3]).item(), (None, None, None, 2)[i % 4]
             ask = Ask(most, max_nfe=nfe, stop_ids=frozenset({STOP}), fixed=fixed)
-            decoded = windowed(net, prompt, replace(strategy, threshold=bar), ask)
-            want = walked(decoded, prompt, net)
+            told = windowed(net, prompt, replace(strategy, threshold=bar), ask)
+            want = walked(told, prompt, net)
             got = trail(llm, prompt, asked(most, fixed, threshold=bar, max_nfe=nfe), net.mask_id)
             if differ(got, want):
-                assert excusable(got, want, decoded), (name, prompt, fixed, bar, got, want)
+                assert excusable(got, want, told), (name, prompt, fixed, bar, got, want)
                 excused += 1
-            width = max(width, *(f.opened - f.lead for f in decoded.forwards))
+            width = max(width, *(f.opened - f.lead for f in told.forwards))
     assert excused <= 1
     assert (width > 1) == (name != "fixed")
 
@@ -139,7 +142,7 @@ def test_it_holds_where_tokens_are_read_off_the_position_before_and_prompts_see_
 ) -> None:
     if packed:
         monkeypatch.setattr(packing, "FREE", 1)
-    net, tiny, many, excused = network(name, seed=2, spread=6.0), FAMILIES[name], cases(4, END, 2), 0
+    net, tiny, many, excused = network(name, seed=2, spread=6.0), FAMILIES[name], cases(4, END), 0
     with LLM(
         written(tmp_path, name, net), policy=policy, graphs="off", device="cpu", dtype="float32", block_length=tiny.L,
         max_num_seqs=4,
@@ -171,3 +174,88 @@ def test_sub_blocks_with_fixed_tokens_are_the_references(cached: bool, tmp_path:
                 assert min(want.gaps) < sequences.NEAR, (prompt, most, fixed, bar, got, want)
                 excused += 1
     assert excused <= 1
+
+
+SMALL = Shape(8, heads=2, kv_heads=1, head_dim=16, layers=1, hidden=32, ffn=48)
+Said = list[tuple[list[int], int, str]]
+
+
+def said(llm: LLM, some: list[tuple[list[int], int, Fixed]], **more: object) -> Said:
+    params = [asked(most, fixed, threshold=0.5, seed=i, **more) for i, (_, most, fixed) in enumerate(some)]
+    return [(o.token_ids, o.nfe, str(o.finish_reason)) for o in llm.generate([p for p, _, _ in some], params)]
+
+
+@pytest.mark.parametrize("name", ["single_bd", "multi_bd", "edit", "fast_dllm_v2"])
+def test_a_row_is_a_stranger_to_its_neighbours(random8: Path, name: str) -> None:
+    some, answers = [*cases(6, STOP), *((prompt, most, {}) for prompt, most, _ in cases(6, STOP)[:3])], []
+    for rows in (1, 4):
+        with opened(random8, name, rows=rows) as llm:
+            answers.append(said(llm, some, temperature=0.7))
+    assert answers[0] == answers[1]
+
+
+def test_a_row_knows_nothing_of_what_was_fixed_in_its_slot(random8: Path) -> None:
+    some = cases(7, STOP)
+    plain = [(prompt, most, {}) for prompt, most, _ in some]
+    with opened(random8, "multi_bd", rows=1) as llm:
+        before, infilled, after = said(llm, plain), said(llm, some), said(llm, plain)
+    assert before == after != infilled
+
+
+def test_what_is_fixed_goes_with_the_row_that_gives_way(tmp_path: Path) -> None:
+    draw, folder = Random(7), write(tmp_path, ZOO["b4"], 3)
+    some: list[tuple[list[int], int, Fixed]] = []
+    for _ in range(6):
+        most = draw.randint(60, 85)
+        fixed = {i: draw.randrange(4, 90) for i in range(most - 1) if draw.random() < 0.3}
+        some.append(([draw.randrange(4, 90) for _ in range(draw.randint(1, 20))], most, fixed))
+    answers = []
+    for pages in (None, 40):
+        with LLM(
+            folder, policy="multi_bd", graphs="off", device="cpu", dtype="float32", page_size=4, num_pages=pages,
+            max_num_seqs=4, max_model_len=112, batch_invariant=True,
+        ) as llm:  # fmt: skip
+            answers.append(said(llm, some, ignore_eos=True, temperature=0.5))
+            assert (llm.engine.scheduler.preemptions > 0) == (pages is not None)
+    assert answers[0] == answers[1]
+    for (tokens, _, _), (_, most, fixed) in zip(answers[1], some, strict=True):
+        assert len(tokens) == most and fixed.items() <= dict(enumerate(tokens)).items()
+
+
+@pytest.mark.parametrize("forwards", [1, 6])
+def test_several_forwards_a_launch_infill_alike(random8: Path, forwards: int) -> None:
+    some = cases(8, STOP)
+    with opened(random8, "multi_bd") as one, LLM(
+        random8, policy="multi_bd", graphs="off", device="cpu", dtype="float32", max_num_seqs=3, forwards=forwards
+    ) as many:  # fmt: skip
+        assert said(one, some) == said(many, some)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_infills_as_the_eager_one(tmp_path: Path) -> None:
+    folder, some, answers = write(tmp_path, SMALL, 1), cases(9, STOP), []
+    for graphs in ("off", "compile"):
+        with LLM(
+            folder, policy=replace(POLICIES["multi_bd"], N=2), graphs=graphs, device="cpu", dtype="float32",
+            max_num_seqs=1, max_model_len=64,
+        ) as llm:  # fmt: skip
+            answers.append(said(llm, some))
+    assert answers[0] == answers[1]
+
+
+def test_a_budget_counts_what_is_fixed_once_its_block_is_open() -> None:
+    script, sharp = list(range(1, 31)), [50.0, 50.0] + [2.0] * 28
+    policy = replace(POLICIES["multi_bd"], auto_max_nfe=1, open_at=1.0)
+    fixed = [(3, 9), *((i, 7) for i in range(4, 11))]  # the second block whole, which is not open
+    buf, kv, out = begin(policy, [{"max_tokens": 12, "fixed": fixed, "max_nfe": buffer.UNLIMITED, "open_at": 1}])
+    assert buf.tok[0].flatten()[:12].tolist() == [31, 31, 31, 9, *[7] * 7, 31]
+    step_(policy, Ids(31, 32), Table(script, sharp), buf, kv, out)
+    assert buf.tok[0, 0].tolist() == [1, 2, 31, 9]
+    assert int(buf.ints[0, buffer.COUNTS.index("max_nfe")]) == 4  # 12 tokens, 3 a forward
+
+
+def test_tokens_fixed_behind_what_is_decided_are_delivered_with_it_once_the_forwards_are_spent() -> None:
+    table = Table(list(range(1, 31)), [50.0] * 3 + [2.0] * 27)
+    for fixed, told in (([(3, 9), (4, 8)], [1, 2, 3, 9]), ([(2, 9), (5, 8)], [1, 2, 9])):
+        row = {"max_tokens": 12, "fixed": fixed, "max_nfe": 1, "open_at": 1.0, "accept": 0.99}
+        assert decoded(replace(POLICIES["multi_bd"], force_at=1.0), table, [row]) == [(told, 1, buffer.MAX_NFE)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Table(nn.Module):
 def begin(policy: Policy, rows: list[dict[str, object]]) -> tuple[BlockBuffer, tuple[Tensor, ...], Tensor]:
     """A buffer with these rows, K/V pages of NaN, and an outbox."""
     B, N = len(rows), policy.N
-    buf = buffer.allocate(B, N, L, W, 8, torch.device("cpu"), mem=replace(policy, L=L).memory())
+    buf = buffer.allocate(B, N, L, W, 8, torch.device("cpu"), mem=replace(policy, L=L).memory(), T=S * W + 1)
     usual = {"accept": 0.9, "open_at": 0.1, "force_at": 0.9, "temp": 0.0, "top_p": 1.0}
     usual |= {name: getattr(policy, name) for name in buffer.NUMBERS if name not in usual}
     for slot, r in enumerate(rows):
@@ -70,7 +71,9 @@ def begin(policy: Policy, rows: list[dict[str, object]]) -> tuple[BlockBuffer, t
             stops=[STOP],
             seed=slot,
         )
-        buffer.admit_(buf, slot, buffer.pack(row, L, W, 8), MASK)
+        fixed: Any = r.get("fixed")
+        fixed = None if fixed is None else torch.tensor(fixed, dtype=torch.int32)
+        buffer.admit_(buf, slot, buffer.pack(row, L, W, 8), MASK, fixed)
     kv = (torch.full((2, B * W, S, 1, 1), float("nan")),)
     return buf, kv, torch.zeros(B, N * L + buffer.FACTS, dtype=torch.int32)
 
