@@ -47,7 +47,7 @@ class SamplingParams:
     stop_token_ids  ids that end the answer, besides the model's own
     stop            strings that end the answer, each cut from its text; at most 4, of 1 to 256 characters
     fixed           (offset in the answer, id) of tokens that are known beforehand and stay: a gap is what is between
-                    the prompt and them. Policies of whole sequences see all of them, others those up to their block
+                    the prompt and them. Whole sequences see all of them, a block those up to its end; a canvas has none
     adapter         name of the LoRA adapter to answer with, of those that the engine was built with
     priority        int     lower runs sooner; a step is worth 30 s of waiting
     cache_salt      str     K/V of prefixes is shared among requests of one salt alone

@@ -10,7 +10,7 @@ import pytest
 
 from dlx.errors import RequestError
 from dlx.graphs.buffer import Row
-from dlx.graphs.policies import Policy
+from dlx.graphs.policies import POLICIES, Policy
 from dlx.graphs.rules import Calm, Edit
 from dlx.graphs.shapes import Shapes
 from dlx.models.card import Card
@@ -121,6 +121,9 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
         ([9], {"stop_token_ids": (50,)}, ["stop_token_ids has 50", "from 0 to 49"]),
         ([9], {"stop_token_ids": (4, MASK)}, ["stop_token_ids has 3", "other than the mask id"]),
         ([9], {"stop_token_ids": range(4, 12)}, ["9 stop ids", "(2,)", "at most 8"]),
+        ([9], {"fixed": ((0, 50),)}, ["fixed has the id 50", "from 0 to 49"]),
+        ([9], {"fixed": ((0, 5), (3, MASK))}, ["fixed has the id 3", "other than the mask id"]),
+        ([9], {"fixed": ((8, 5),)}, ["offset of fixed=8", "from 0 to 7"]),
         ([9] * 6, {"max_tokens": 59}, ["6 tokens", "max_tokens=59", "max_model_len=64", "shorten", "lower"]),
         ([9] * 6, {"max_tokens": 40}, ["needs 6 pages", "has 5", "lower max_tokens or raise num_pages"]),
     ],
@@ -131,6 +134,20 @@ def test_what_can_never_run_is_refused_with_the_way_out(
     with pytest.raises(RequestError) as caught:
         scheduler(pages=5).check(asked(prompt, **params))
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_canvas_holds_no_fixed_tokens() -> None:
+    policy = replace(POLICIES["diffusion_gemma"], L=L)
+    s = Scheduler(policy, CARD, SHAPES, PagePool(32), max_len=64)
+    with pytest.raises(
+        RequestError, match=r"fixed has 2 tokens, and a canvas, .* leave fixed out, or use a model that"
+    ):
+        s.check(asked([9], fixed=((0, 5), (3, 6))))
+
+
+def test_a_row_is_told_at_which_positions_what_is_fixed_and_ends_behind_the_last_gap() -> None:
+    _, row = admitted(asked([9] * 6, 8, fixed=((1, 5), (7, 8), (6, 7))))
+    assert (row.fixed, row.ints[0]) == ([(7, 5), (13, 8), (12, 7)], 12)
 
 
 def test_what_just_fits_is_not_refused() -> None:

@@ -291,13 +291,8 @@ def test_a_gap_before_a_suffix_is_filled_and_the_suffix_stays(made: tuple[str, A
     suffix = [5, STOP, 7, 8]
     fixed = tuple((6 + i, tok) for i, tok in enumerate(suffix))
     params = SamplingParams(10, fixed=fixed, ignore_eos=True)
-    for policy in (None, "low_confidence", "entropy"):
+    for policy in (None, "low_confidence", "entropy", "d2f"):
         with opened(made[2], policy) as llm:
             got = llm.generate([[9, 10, 11]], params)[0]
         assert got.token_ids[6:] == suffix
         assert MASK not in got.token_ids
-    with (
-        opened(made[2], "d2f") as window,
-        pytest.raises(RequestError, match=r"whole sequences.* use policy='fast_dllm_v1'"),
-    ):
-        window.generate([[9, 10, 11]], params)

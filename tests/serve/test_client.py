@@ -144,9 +144,10 @@ def test_models_are_listed_with_what_they_decode_with(client: openai.OpenAI) -> 
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_what_is_fixed_stands_in_the_answer_and_the_gaps_are_filled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["low_confidence", "d2f"])
+def test_what_is_fixed_stands_in_the_answer_and_the_gaps_are_filled(policy: str, tmp_path: Path) -> None:
     write(tmp_path, "llada", network("llada"))
-    config = Config.from_args(tmp_path, policy="low_confidence", graphs="off", device="cpu", max_num_seqs=1)
+    config = Config.from_args(tmp_path, policy=policy, graphs="off", device="cpu", max_num_seqs=1)
     with (
         Served(AsyncEngine(config), {"llada": None}) as served,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client,
