@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlx.graphs.rules.seen import Asks, Candidates, Memory, Seen
+from dlx.graphs.rules.seen import Asks, Candidates, Memory, Seen, paired
 
-HELD = "credit"  # [B, N, L, 2, slots] f32: ids (+ 1; 0: free), which f32 tells apart below 2²⁴, and their sums
+HELD = "credit"  # [B, N, L, 2, slots] f32: ids (+ 1; 0: free) paired with their sums
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Credit:
         return {HELD: ((L, 2, self.slots), torch.float32)}
 
     def keep(self, c: Candidates, w: Seen, tok: Tensor, whole: Tensor) -> Memory:
-        ids, sums = self._credit(c, w)
-        first = torch.arange(2, device=ids.device)[:, None] == 0
-        return {HELD: torch.where(first, ids[..., None, :], sums[..., None, :])}
+        return {HELD: paired(*self._credit(c, w))}
 
     def _credit(self, c: Candidates, w: Seen) -> tuple[Tensor, Tensor]:
         """Ids and sums [B, N, L, slots] with this forward's credit; its likeliest id takes the place of the least."""
