@@ -141,7 +141,7 @@ def test_it_holds_where_tokens_are_read_off_the_position_before_and_prompts_see_
     name: str, policy: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if packed:
-        monkeypatch.setattr(packing, "FREE", 1)
+        monkeypatch.setattr(packing, "ENOUGH", 8)
     net, tiny, many, excused = network(name, seed=2, spread=6.0), FAMILIES[name], cases(4, END), 0
     with LLM(
         written(tmp_path, name, net), policy=policy, graphs="off", device="cpu", dtype="float32", block_length=tiny.L,
