@@ -24,6 +24,8 @@ CONFIGS = [
     Launch(BM=16, BN=32, splits=2, warps=4, stages=2),
     Launch(BM=32, BN=16, splits=16, warps=4, stages=2, full=True),
     Launch(BM=16, BN=64, splits=1, warps=4, stages=1, full=True),
+    Launch(BM=16, BN=64, splits=2, warps=4, stages=3, apart=True),
+    Launch(BM=32, BN=32, splits=4, warps=2, stages=2, full=True, apart=True),
 ]
 TARGETS = [(132, 227 << 10), (108, 163 << 10), (84, 99 << 10)]  # processors, shared memory of a program
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlx.ops.attention.fp8 import fp8
 from dlx.ops.attention.kernels import _attention
 from dlx.ops.op import DEBUG, launch_options, locks, need, power_of_two, processors, shared_limit
 from dlx.ops.tuned import tuned
@@ -20,7 +21,7 @@ LOG2_E = 1.4426950408889634
 
 class Launch(NamedTuple):
     """A launch configuration: query rows and keys a tile, splits of the keys, warps, pipeline stages; full: tiles of
-    keys that all queries see have a loop of their own, without masks."""
+    keys that all queries see have a loop of their own, without masks; apart: each warp takes keys of its own."""
 
     BM: int
     BN: int
@@ -28,6 +29,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     full: bool = False
+    apart: bool = False
 
 
 def shared_bytes(config: Launch, D: int, q_bytes: int, kv_bytes: int, wgmma: bool) -> int:
@@ -123,10 +125,14 @@ def launch(
         part = torch.empty(B, C, H, splits, D, device=q.device, dtype=torch.float32)
         stat = torch.empty(2, B, C, H, splits, device=q.device, dtype=torch.float32)
     pdl, options = launch_options(q)
+    kind, lifted = fp8(kv, q)
+    # bytes for integers to work on, or two at once; Triton would have fp8 cast first and moved then
+    numbers = kv if kind is None else kv.view(torch.int16 if config.apart else torch.uint8)
     _attention[(tiles * splits, G, B)](
-        q, kv, pages, seen, first, hole, scales, out, part, stat, lock,
-        scale * LOG2_E, C, pages.shape[1], P, kv.stride(0), stat.stride(0),
-        G, H // G, S, D, config.BM, config.BN, splits, config.full, q.is_cuda, DEBUG, pdl,
-        q.dtype == torch.float32, not q.is_cuda, num_warps=config.warps, num_stages=config.stages, **options,
+        q, numbers, pages, seen, first, hole, scales, out, part, stat, lock,
+        scale * LOG2_E * 2.0**lifted, C, pages.shape[1], P, numbers.stride(0), stat.stride(0),
+        G, H // G, S, D, config.BM, config.BN, splits, config.warps if config.apart else 1, config.full, kind, lifted,
+        q.is_cuda, DEBUG, pdl, q.dtype == torch.float32, not q.is_cuda,
+        num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out
