@@ -3,9 +3,10 @@
 The hardware turns e4m3 into fp16, two numbers an instruction; from fp16 to bf16 it takes one each, on a slow pipe. So
 bf16 is made by integers, two bytes at once: `prmt` puts each byte into the lower half of 16 bits and its sign into all
 of the upper half, a shift moves exponent and mantissa to their places, a mask leaves them and one sign. That is the
-value · 2⁻¹²⁰ (e5m2: 2⁻¹¹²), for subnormals too. LIFT makes up for it: queries and weights are multiplied by 2^LIFT, half
-of that power, and sums of their products once more, so that nothing overflows, and what is lost of a product is below
-2⁻⁶⁰ of its operands' unit. NaN and infinity turn into numbers: ±480 from e4m3, ±2¹⁶ and up from e5m2.
+value · 2⁻¹²⁰ (e5m2: 2⁻¹¹²), for subnormals too. LIFT makes up for it: queries and weights are multiplied by 2^LIFT,
+half of that power, and the sums of products once more. So nothing overflows that is below 2⁶⁰, and a product that is
+lost, below 2⁻¹²⁶, would have been below 2⁻⁶⁶. NaN and infinity turn into numbers: ±480 from e4m3, ±2¹⁶ and
+up from e5m2.
 
 Where each warp takes keys of its own, two neighbours of a row are read as one int16. A matmul takes pairs of 16 bits
 from shared memory, K's as they lie and V's transposed; int16 come just so, without a byte that moves between threads.
@@ -19,50 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# the four bytes of a register: the first two and the last two as bf16
-FOUR = tl.constexpr("""{
-    .reg .b32 x, y;
-    prmt.b32 x, $2, 0, 0x9180;
-    prmt.b32 y, $2, 0, 0xB3A2;
-    shl.b32 x, x, 4;
-    shl.b32 y, y, 4;
-    and.b32 $0, x, 0x87F087F0;
-    and.b32 $1, y, 0x87F087F0;
-}""")
-FOUR_E5M2 = tl.constexpr("""{
-    .reg .b32 x, y;
-    prmt.b32 x, $2, 0, 0x9180;
-    prmt.b32 y, $2, 0, 0xB3A2;
-    shl.b32 x, x, 5;
-    shl.b32 y, y, 5;
-    and.b32 $0, x, 0x8FE08FE0;
-    and.b32 $1, y, 0x8FE08FE0;
-}""")
-# the first and third of them, the second and fourth
-EVEN = tl.constexpr("""{
-    .reg .b32 x;
-    prmt.b32 x, $1, 0, 0xA280;
-    shl.b32 x, x, 4;
-    and.b32 $0, x, 0x87F087F0;
-}""")
-EVEN_E5M2 = tl.constexpr("""{
-    .reg .b32 x;
-    prmt.b32 x, $1, 0, 0xA280;
-    shl.b32 x, x, 5;
-    and.b32 $0, x, 0x8FE08FE0;
-}""")
-ODD = tl.constexpr("""{
-    .reg .b32 x;
-    prmt.b32 x, $1, 0, 0xB391;
-    shl.b32 x, x, 4;
-    and.b32 $0, x, 0x87F087F0;
-}""")
-ODD_E5M2 = tl.constexpr("""{
-    .reg .b32 x;
-    prmt.b32 x, $1, 0, 0xB391;
-    shl.b32 x, x, 5;
-    and.b32 $0, x, 0x8FE08FE0;
-}""")
+
+def integers(selectors: tuple[int, ...], shift: int, mask: int) -> tl.constexpr:
+    """Four bytes of a register in bf16: two of them for each selector of `prmt`. All is read before it is written."""
+    n = len(selectors)
+    asm = [f".reg .b32 x<{n}>;"]
+    asm += [f"prmt.b32 x{i}, ${n}, 0, {selector:#x};" for i, selector in enumerate(selectors)]
+    asm += [f"shl.b32 x{i}, x{i}, {shift};" for i in range(n)]
+    asm += [f"and.b32 ${i}, x{i}, {mask:#x};" for i in range(n)]
+    return tl.constexpr("{\n" + "\n".join(asm) + "\n}")
+
+
+E4M3, E5M2 = (4, 0x87F087F0), (5, 0x8FE08FE0)
+IN_ORDER, FIRST, SECOND = (0x9180, 0xB3A2), (0xA280,), (0xB391,)  # neighbours; of each pair of bytes one
+FOUR, FOUR_E5M2 = integers(IN_ORDER, *E4M3), integers(IN_ORDER, *E5M2)
+EVEN, EVEN_E5M2 = integers(FIRST, *E4M3), integers(FIRST, *E5M2)
+ODD, ODD_E5M2 = integers(SECOND, *E4M3), integers(SECOND, *E5M2)
 KINDS = {torch.float8_e4m3fn: (tl.float8e4nv, 60), torch.float8_e5m2: (tl.float8e5, 56)}
 
 
@@ -75,7 +48,7 @@ def fp8(kv: Tensor, q: Tensor) -> tuple[tl.dtype | None, int]:
 @triton.jit
 def _made(byte, FP8: tl.constexpr):
     """As the integers make it, in fp32, for the interpreter."""
-    SHIFT: tl.constexpr = 20 if FP8 == tl.float8e4nv else 21
+    SHIFT: tl.constexpr = 20 if tl.float8e4nv == FP8 else 21
     return (((byte & 128) << 24) | ((byte & 127) << SHIFT)).to(tl.float32, bitcast=True)
 
 
@@ -89,7 +62,7 @@ def _whole(x, FP8: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr, UPCAST
     elif UPCAST:
         wide = _made(x.to(tl.int32), FP8)
     else:
-        ASM: tl.constexpr = FOUR if FP8 == tl.float8e4nv else FOUR_E5M2
+        ASM: tl.constexpr = FOUR if tl.float8e4nv == FP8 else FOUR_E5M2
         wide = tl.inline_asm_elementwise(ASM, "=r,=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=4)
     return wide
 
@@ -104,8 +77,8 @@ def _halves(x, FP8: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr, UPCAS
         even = _made(x.to(tl.int32), FP8)
         odd = _made(x.to(tl.int32) >> 8, FP8)
     else:
-        A: tl.constexpr = EVEN if FP8 == tl.float8e4nv else EVEN_E5M2
-        B: tl.constexpr = ODD if FP8 == tl.float8e4nv else ODD_E5M2
+        A: tl.constexpr = EVEN if tl.float8e4nv == FP8 else EVEN_E5M2
+        B: tl.constexpr = ODD if tl.float8e4nv == FP8 else ODD_E5M2
         even = tl.inline_asm_elementwise(A, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
         odd = tl.inline_asm_elementwise(B, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     return even, odd

@@ -36,8 +36,11 @@ def shared_bytes(config: Launch, D: int, q_bytes: int, kv_bytes: int, wgmma: boo
     """Shared memory that a program takes at most: queries, weights, and the buffers of keys and values."""
     BM, BN = config.BM, config.BN
     buffers = config.stages if wgmma and BM >= 64 else max(1, config.stages - 1)
-    converted = 0 if kv_bytes == q_bytes else 2 * BN * D * q_bytes
-    return BM * (D + BN) * q_bytes + 2 * buffers * BN * D * kv_bytes + converted + 2048
+    fp8 = kv_bytes < q_bytes
+    keys = 2 * buffers * BN * (D * kv_bytes + 4 * fp8) + 2048  # 4: a scale
+    if config.apart:
+        return config.warps * BM * D * 4 + keys
+    return BM * (D + BN) * q_bytes + keys + 2 * BN * D * q_bytes * fp8
 
 
 @cache
@@ -51,6 +54,7 @@ def choose(
     wgmma = shared >= WGMMA_BYTES
     sizes = D, q_bytes, kv_bytes, wgmma
     rows = C * (H // G)
+    fp8 = kv_bytes < q_bytes == 2
     widest = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64}.get(D, 32)
     BM = min(widest if wgmma else min(widest, 64), max(16, power_of_two(rows)))
     BN = 32 if D > 256 or (not wgmma and BM == 64) else max(16, min(64, 8192 // D))
@@ -59,28 +63,31 @@ def choose(
         BM = 16
     elif not alone and keys <= SHORT and B * G * -(-rows // 16) * (5 if 2 * keys <= SHORT else 3) >= processors:
         BM, BN, alone = 16, min(128, 16384 // D), True
-    elif not alone:
+    elif not alone and not (fp8 and wgmma):  # fp8 is converted once a program: few of them, with many rows
         BM = min(BM, 64)
+    apart = fp8 and BM == 16 and D <= 128
+    BN = 128 if apart else BN
 
     def fits(config: Launch) -> bool:
         splits = config.splits == power_of_two(config.splits) <= min(MOST_SPLITS, processors)
-        return splits and min(config.BM, config.BN) >= 16 and shared_bytes(config, *sizes) <= shared
+        n = config.BN // config.warps if config.apart else config.BN
+        return splits and min(config.BM, n) >= 16 and shared_bytes(config, *sizes) <= shared
 
     def warps(m: int, n: int) -> int:
-        return 8 if m * D >= 128 * 128 or D > 256 else 2 if m == 16 and n <= 64 and not alone else 4
+        return 8 if m * D >= 128 * 128 or D > 256 else 2 if m == 16 and n <= 64 and not (alone or apart) else 4
 
     smaller = [
-        Launch(m, n, 1, warps(m, n), stages)
+        Launch(m, n, 1, warps(m, n), stages, apart=apart)
         for m in (BM, BM // 2, BM // 4)
         for n in (BN, BN // 2, BN // 4)
         for stages in ((4, 3, 2) if BM <= 32 and n <= 64 else (3, 2))
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
     programs = B * G * -(-rows // config.BM)
-    room = 1 if alone else 2 * processors
+    room = 1 if alone else processors if fp8 and config.warps == 8 else 2 * processors
     most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs)
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
-    config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128))
+    config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))
     return tuned("attention", (rows, B * G, D, power_of_two(keys), q_bytes, kv_bytes), config, fits)
 
 
