@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from dlx.request import Chunk, Finish, Output, Request, Timings
@@ -94,6 +94,10 @@ class Answers:
 
     def __getitem__(self, id: int) -> Request:
         return self._open[id][0]
+
+    def besides(self, ids: Set[int]) -> list[Request]:
+        """All but the requests with these numbers."""
+        return [request for id, (request, _) in self._open.items() if id not in ids]
 
     def open(self, request: Request) -> None:
         """Begin to answer."""

@@ -55,6 +55,7 @@ class Engine:
         self.broken = ""  # why no further step is taken
         self.cause: Exception | None = None  # of the last failure
         self._failures = 0  # in a row
+        self._sent: Plan | None = None  # the newest that the worker was told of
         self._pid = os.getpid()
         self._ids = itertools.count()
         self._answers = Answers(self.tokenizer, text)
@@ -90,8 +91,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue what `request` returned."""
-        self.scheduler.add(request)
         self._answers.open(request)
+        self.scheduler.add(request)
 
     def add_all(self, requests: list[tuple[list[int], SamplingParams]], watch: bool = False) -> list[int]:
         """Queue requests and return their numbers; all of them, or none.
@@ -100,16 +101,26 @@ class Engine:
         Raises RequestError  for one that can never run
         """
         fresh = [self.request(ids, params, watch) for ids, params in requests]
-        for request in fresh:
-            self.add(request)
+        try:
+            for request in fresh:
+                self.add(request)
+        except BaseException:
+            for request in fresh:
+                self.abort(request.id)
+            raise
         return [request.id for request in fresh]
 
     def abort(self, id: int, finish: Finish = Finish.ABORT) -> Chunk | None:
         """End a request that has not finished; others go on. Its last chunk; None if the number is unknown by now."""
         if id not in self._answers:
             return None
-        chunk, slot = self._end(self._answers[id], finish)
-        self._stop([slot])
+        try:
+            chunk, slot = self._end(self._answers[id], finish)
+            self._stop([slot])
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._fail(error, [])
+            raise
         return chunk
 
     def step(self) -> list[Chunk]:
@@ -132,8 +143,8 @@ class Engine:
             self._read(0)  # what the launches before have finished has not failed
             self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()] or self.scheduler.waiting[:1])
         except BaseException as error:
-            if plan is None:  # nothing says what the device knows of it
-                self._fail(error, [*self._halfway(plan), *self.scheduler.running.values()])
+            if plan is None or plan is not self._sent:  # nothing says what the device knows of it
+                self._fail(error, [*self._halfway(None), *self.scheduler.running.values()])
             raise
         self._read(0 if plan is None else self.lag)
         chunks, self._due = self._due, []
@@ -157,6 +168,7 @@ class Engine:
         """Launch. An interrupt that comes before the step leaves all as it was: who was to be admitted waits again."""
         steps, unread = self.worker.epoch, self.worker.in_flight
         try:
+            self._sent = plan
             self.worker.launch(plan)
         except BaseException as error:
             interrupt = not isinstance(error, Exception)
@@ -224,6 +236,7 @@ class Engine:
 
     def _fail(self, error: BaseException, requests: Iterable[Request]) -> None:
         """End the requests of a step that failed; if the device fails again meanwhile, all there are."""
+        requests = [*requests, *([] if isinstance(error, Exception) else self._gone())]
         failed = list({request.id: request for request in requests if request.id in self._answers}.values())
         ended = [self._end(request, Finish.ERROR, _line(error)) for request in failed]
         self._due += [chunk for chunk, _ in ended]
@@ -239,6 +252,13 @@ class Engine:
             self._failures += 1
         if self._failures >= FAILURES:
             self._break(f"{FAILURES} steps in a row failed, the last with {_line(error)}")
+
+    def _gone(self) -> list[Request]:
+        """Set right what an interrupt may have left between two lines of bookkeeping: who is lost with it."""
+        scheduler = self.scheduler
+        scheduler.recount()
+        self._stop([slot for slot in range(self.worker.config.max_num_seqs) if slot not in scheduler.running])
+        return self._answers.besides({r.id for r in (*scheduler.waiting, *scheduler.running.values())})
 
     def _end(self, request: Request, finish: Finish, error: str | None = None) -> tuple[Chunk, int | None]:
         """Take a request out of the queue or its slot: its last chunk, and the slot that is to be stopped."""

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from dlx.errors import EngineError
 from dlx.request import Chunk, Output, SamplingParams
+from dlx.terminal import stderr
 
 if TYPE_CHECKING:
     from dlx.llm import LLM, Message
@@ -201,7 +202,7 @@ def finished(output: Output | None) -> Output:
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes long, if stderr is a terminal."""
-    with Console(stderr=True).status(what) if sys.stderr.isatty() else contextlib.nullcontext():
+    with stderr().status(what) if sys.stderr.isatty() else contextlib.nullcontext():
         yield
 
 

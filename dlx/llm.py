@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from rich.console import Console
 from rich.progress import Progress
 
 from dlx.answer import NOT_FINITE
@@ -18,6 +17,7 @@ from dlx.errors import EngineError, RequestError
 from dlx.graphs.policies import Policy
 from dlx.models.card import Card
 from dlx.request import Chunk, Finish, Output, SamplingParams
+from dlx.terminal import stderr
 from dlx.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -91,7 +91,7 @@ class LLM:
         done: dict[int, Output | None] = dict.fromkeys(requests)
         left = len(done)
         try:
-            with Progress(console=Console(stderr=True), disable=not progress) as bar:
+            with Progress(console=stderr(), disable=not progress) as bar:
                 task = bar.add_task("prompts", total=left)
                 while left:
                     for chunk in self._turn(engine):

@@ -74,7 +74,7 @@ def load(config: Config, card: Card, raw: weights.Json, device: torch.device) ->
     else:
         known = outline(config.model, card, raw, config.torch_dtype)
     names = kind.places(card)
-    deltas = {} if config.lora is None else weights.Adapter.open(config.lora, names).deltas(names)
+    deltas = {} if config.lora is None else weights.Adapter.open(config.lora, names).deltas(names, config.check_weights)
     adapters = [weights.Adapter.open(path, names) for path in config.adapters.values()]
     need = sum(param.nbytes for param in known.net.parameters())
     advice = "use quantization='fp8' or a smaller model, or end what else uses the memory"
@@ -86,7 +86,7 @@ def load(config: Config, card: Card, raw: weights.Json, device: torch.device) ->
                 weights.random(params, config.seed)
             else:
                 weights.fill(known.stored, known.places, params, deltas=deltas, finite=config.check_weights)
-            weights.install(net, adapters, names)
+            weights.install(net, adapters, names, config.check_weights)
         except BaseException:
             memory.release(params.values())
             raise

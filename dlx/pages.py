@@ -122,6 +122,16 @@ class PagePool:
         self._digests.clear()
         self._pages.clear()
 
+    def recount(self, held: Iterable[Sequence[int]]) -> None:
+        """Set right what an interrupt left between two lines: these lists are what is held, once each."""
+        self._holders = dict(Counter(page for pages in held for page in pages))
+        kept = {**self._holders, **self._idle}
+        self._digests = {page: name for page, name in self._digests.items() if page in kept}
+        self._digests = {page: name for page, name in self._digests.items() if self._pages.get(name) == page}
+        self._pages = {name: page for page, name in self._digests.items()}
+        self._idle = {page: None for page in self._idle if page in self._digests and page not in self._holders}
+        self._blank = sorted(set(range(self.total)) - {*self._holders, *self._idle})  # which is a heap
+
     def check_invariants(self) -> None:
         """Every page is blank, held or idle, and one of them only; what is published is held or idle."""
         blank, held, idle = set(self._blank), set(self._holders), set(self._idle)

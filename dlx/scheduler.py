@@ -148,6 +148,14 @@ class Scheduler:
                 return slot
         return None
 
+    def recount(self) -> None:
+        """Set right what an interrupt left between two lines: who is neither queued nor in a slot is gone."""
+        self.waiting = [r for r in self.waiting if r.finish is None and r.slot is None]
+        self.running = {slot: r for slot, r in self.running.items() if r.finish is None and r.slot == slot}
+        self._slots = [slot for slot in range(self.shapes.rows[-1] - 1, -1, -1) if slot not in self.running]
+        self._stale &= set(self.running)
+        self.pool.recount(r.pages for r in self.running.values())
+
     def check_invariants(self) -> None:
         """Slots and pages are held once, what is shared or published is never written, and all wait in order."""
         self.pool.check_invariants()

@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
 
 from dlx.errors import ModelError, RequestError
+from dlx.vocabulary import VOCABULARY, assembled
+from dlx.weights.files import inside
 
 Message = Mapping[str, str]
 FILE = "tokenizer.json"
@@ -49,20 +51,22 @@ class Tokenizer:
     def load(folder: str | Path) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and, if it is there, chat_template.jinja of a folder.
 
-        Raises ModelError  a file is missing or broken
+        Without a tokenizer.json, vocab.json and merges.txt are read in its place: see `vocabulary`.
+        Raises ModelError  a file is missing, broken, or a link out of the folder
         """
         folder = Path(folder)
-        written = _read(folder / FILE)
+        alone = not (folder / FILE).is_file() and (folder / VOCABULARY).is_file()
+        written = "" if alone else _read(folder / FILE)
         path = folder / "tokenizer_config.json"
         try:
             config = json.loads(_read(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{path} is no JSON ({error}); fetch the file again") from error
         if not isinstance(config, dict):
             raise ModelError(f"{path} holds a {type(config).__name__}; expected a JSON object; fetch the file again")
         separate = folder / "chat_template.jinja"
         template = _read(separate) if separate.is_file() else _template(config.get("chat_template"), path)
-        return Tokenizer(written, config, template, folder)
+        return Tokenizer(assembled(folder, config) if alone else written, config, template, folder)
 
     def encode(self, text: str, *, plain: bool = False, most: int | None = None) -> list[int]:
         """Ids of a text. Special tokens written in it count as such; with `plain` they are mere text.
@@ -193,7 +197,7 @@ def _checked(ids: Sequence[int], size: int) -> list[int]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return inside(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ModelError(
             f"{path} does not exist; name a checkpoint's folder in the Hugging Face layout, "

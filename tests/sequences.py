@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,9 @@ class How:
     cached: bool = True
     shift: bool = False
     vocab: int = VOCAB  # ids from here on are padding of the vocabulary
+    smooth: bool = (
+        False  # dInfer's iter_smooth: a falling bar, and masks of the block seen with what was thought of them
+    )
 
 
 class Decoded(NamedTuple):
@@ -61,8 +64,11 @@ class Store:
         # transformers 5 has renamed it, and warns of the old name
         self.cache = "cache" if "cache" in inspect.signature(net.forward).parameters else "past_key_values"
 
-    def __call__(self, ids: list[int], at: list[int], sees: list[int]) -> dict[int, Tensor]:
-        """Compute the positions `at`, each of which sees so many leading keys → their logits; stores their K/V."""
+    def __call__(self, ids: list[int], at: list[int], sees: list[int], soft: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Compute the positions `at`, each of which sees so many leading keys → their logits; stores their K/V.
+
+        soft  position → its embedding, instead of its token's
+        """
         known = max(sees)
         others = [p for p in range(known) if p not in at]
         cache = DynamicCache()
@@ -70,8 +76,9 @@ class Store:
             cache.update(k[:, :, others], v[:, :, others], layer)
         keys = torch.tensor(others + at)
         mask = keys[None] < torch.tensor(sees)[:, None]
+        E = self.net.get_input_embeddings().weight
         out = self.net(
-            input_ids=torch.tensor([[ids[p] for p in at]]), position_ids=torch.tensor([at]),
+            inputs_embeds=torch.stack([soft.get(p, E[ids[p]]) for p in at])[None], position_ids=torch.tensor([at]),
             attention_mask=mask[None, None], use_cache=True,
             cache_position=torch.arange(len(others), len(keys)), **{self.cache: cache},
         )  # fmt: skip
@@ -112,6 +119,15 @@ def choice(logits: Tensor, pos: int, how: How, seed: int, age: int) -> Choice:
         rank = (philox((0, pos, age, 2), seed) >> 8) * 2.0**-24
     second = z.topk(2).values
     return Choice(pos, tok, conf, rank, float(second[0] - second[1]))
+
+
+def likely(logits: Tensor, how: How, k: int = 8) -> list[tuple[float, int]]:
+    """(probability, id) of the k likeliest ids."""
+    z = logits.float().clone()
+    z[MASK] = -math.inf
+    z[how.vocab :] = -math.inf
+    p, ids = z.softmax(0).topk(k)
+    return list(zip(p.tolist(), ids.tolist(), strict=True))
 
 
 def accepted(
@@ -172,6 +188,7 @@ def decode(
     states, gaps = [], []
     age = turn = 0
     refresh = True
+    soft: dict[int, Tensor] = {}
     while True:
         # a block, and what is computed now
         block = list(range(s, s + L if causal else min(s + L, end))) if how.blocks else list(range(P, end))
@@ -181,14 +198,14 @@ def decode(
             sub = list(range(first, first + how.size))
             alone = how.cached and not refresh and ids[first] != MASK
             at = sub if alone else list(range(s + L))
-            logits = store(ids, at, [(p // L + 1) * L for p in at])
+            logits = store(ids, at, [(p // L + 1) * L for p in at], soft)
             open_now = sub
         else:
             whole = how.scope == "all" or refresh or age <= how.warm_up
             low = max(0, s - how.left)
             high = end if how.scope == "prefix" else min(end, block[-1] + 1 + how.right)
             at = list(range(end)) if whole else list(range(low, high))
-            logits = store(ids, at, [end] * len(at))
+            logits = store(ids, at, [end] * len(at), soft)
             only = how.shift and whole and how.scope in ("dual", "prefix") and how.left == 0
             open_now = block[:1] if only else block
         back = int(how.shift)
@@ -201,11 +218,16 @@ def decode(
         if not causal and only:
             take, gap = found, min((c.gap / 10 for c in found), default=math.inf)
         else:
+            now = replace(how, threshold=max(1 - 0.02 * age, how.threshold)) if how.smooth else how
             take, gap = (
-                accepted(found, how, turn, min(block[-1] + 1, limit) - block[0], draws) if found else ([], math.inf)
+                accepted(found, now, turn, min(block[-1] + 1, limit) - block[0], draws) if found else ([], math.inf)
             )
         for c in take:
             ids[c.pos] = c.tok
+        if how.smooth:
+            E, weight = net.get_input_embeddings().weight, min(0.15 + 0.02 * age, 0.3)
+            seen = {p: likely(logits[p - back], how) for p in block if ids[p] == MASK and p - back in logits}
+            soft = {p: E[MASK] + weight * sum(q * E[tok] for q, tok in few) for p, few in seen.items()}
         age, turn = age + 1, turn + 1
         states.append(ids[:end])
         gaps.append(gap)
@@ -223,4 +245,4 @@ def decode(
             return Decoded(ids[P:leading], "max_nfe", states, gaps)
         refresh = all(ids[p] != MASK for p in block)
         if refresh:
-            s, turn = s + L, 0
+            s, turn, soft = s + L, 0, {}

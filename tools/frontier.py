@@ -1,6 +1,6 @@
 """Accuracy against tokens per forward of policies on the bundled tasks; a door to dlx.frontier.
 
-python tools/frontier.py --json profiles/runs/cpu/tiny--frontier.json --png profiles/runs/cpu/tiny--frontier.png
+python tools/frontier.py --json profiles/runs/GPU/tiny--frontier.json --png profiles/runs/GPU/tiny--frontier.png
 python tools/frontier.py edit dmax:accept=0.5|0.7 --json FILE    adds these points to the file, or takes their place
 python tools/frontier.py --only-draw --json FILE --png FILE      draws again, and rewrites the README's table
 """

@@ -33,6 +33,7 @@ TITLES = {
     "linear_fp8": "**linear, fp8 weights**: a layer's matmuls, share of read bandwidth by traffic; rows:",
     "candidates": "**candidates**: head and sampler, greedy; rows:",
     "attention": "**attention**: requests × queries at keys before them",
+    "attention_fp8": "**attention, fp8 K/V**: requests × queries at keys before them; what bf16 takes of it",
     "kv_store": "**kv_store**: requests × positions",
     "moe": "**moe**: route and experts; the roof is for the experts really touched; tokens:",
 }
@@ -99,7 +100,9 @@ def cases(record: Record) -> dict[str, str]:
     cells = {}
     for r in results:
         name = r["case"] if unique else str(r["rows"]) if alike else f"{r['case']}, {r['rows']}"
-        cells[name] = f"{r['us']:.1f} µs, {100 * r['of_roof']:.0f} %"
+        beside = r.get("others", {}).get("bf16")
+        other = "" if beside is None else f"; bf16 {beside / r['us']:.2f} ×"
+        cells[name] = f"{r['us']:.1f} µs, {100 * r['of_roof']:.0f} %{other}"
     return cells
 
 
@@ -151,12 +154,10 @@ def models(folder: Path) -> str:
 
     folder  of records, profiles/runs: whose shapes count as measured
     """
-    from dlx.config import TINY
     from dlx.graphs.policies import POLICIES
     from dlx.models.families import FAMILIES
 
     cards = shapes()
-    (bundled,) = shapes(TINY, "config.json")
     fits = {p: tuple(f for f, mine in cards.items() if any(binds(p, card) for card in mine.values())) for p in POLICIES}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, suits in fits.items():
@@ -168,20 +169,19 @@ def models(folder: Path) -> str:
     timed = measured(folder)
     for facts in FAMILIES.values():
         mine = cards[facts.name]
-        weights = "trained (bundled) and random weights" if facts.name == bundled else "random weights"
         marks = ["✓" if facts.name in suits else "" for suits in groups]
         seen = ", ".join(name for name in mine if name in timed) or "not yet"
-        lines.append(row(facts.name, [*marks, f"`{facts.policy}`", weights, seen, facts.repos]))
+        lines.append(row(facts.name, [*marks, f"`{facts.policy}`", facts.checked, seen, facts.repos]))
     return "\n".join(lines) + "\n"
 
 
-def shapes(folder: Path | None = None, pattern: str = "*.json") -> dict[str, dict[str, Card]]:
-    """Family → name → card of the shapes of a folder, or of those that dlx knows."""
+def shapes() -> dict[str, dict[str, Card]]:
+    """Family → name → card of the shapes that dlx knows."""
     from dlx.bench.arguments import SHAPES
     from dlx.models.card import Card
 
     found: dict[str, dict[str, Card]] = {}
-    for path in sorted((folder or SHAPES).glob(pattern)):
+    for path in sorted(SHAPES.glob("*.json")):
         card = Card.from_hf(json.loads(path.read_text()), {})
         found.setdefault(card.family, {})[path.stem] = card
     return found

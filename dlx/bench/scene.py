@@ -97,6 +97,7 @@ class Scene(NamedTuple):
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
             max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
             kv_cache_dtype=how.kv_cache_dtype, num_pages=pages, batch_invariant=how.batch_invariant,
+            prefix_caching=False,  # the same prompts are served again: to find their pages would measure another thing
         )  # fmt: skip
 
     def worker(self, how: How, max_len: int, policy: Policy | None = None, pages: int | None = None) -> Worker:

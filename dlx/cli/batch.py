@@ -165,10 +165,11 @@ def writer(out: Path | None, source: Path) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def progress() -> Iterator[Any]:
     """Count answers on stderr, if it is a terminal."""
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from dlx.terminal import stderr
+
     columns = (SpinnerColumn(), TextColumn("{task.completed} answers"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("answers", total=None)
         yield lambda: bar.advance(task)

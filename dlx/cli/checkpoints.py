@@ -59,7 +59,7 @@ def known() -> list[dict[str, str]]:
             "architecture": arch,
             "policy": facts.policy,
             "block": str(facts.block),
-            "status": "decodes",
+            "status": f"decodes; checked with {facts.checked}",
             "checkpoints": facts.repos,
         }
         for arch, facts in FAMILIES.items()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dlx.errors import PolicyError
@@ -35,6 +36,23 @@ class Call(NamedTuple):
     axis: str
     rule: Any
     args: tuple[Any, ...]
+
+
+class Crossed(Exception):
+    """A tensor went from the device to the host, or from the host to the device."""
+
+
+class Border(TorchDispatchMode):
+    """Ops take and give tensors of one device; Crossed otherwise. Numbers that wait on the host may be taken."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(of) if isinstance(x, Tensor)] for of in (args, out))
+        before, after = {x.device for x in given}, {x.device for x in made}
+        mixed = {x.device for x in given if x.dim() > 0 or x.device.type != "cpu"}
+        if len(mixed) > 1 or (before and not after <= before):
+            raise Crossed
+        return out
 
 
 class Blank:
@@ -64,8 +82,9 @@ class Blank:
 def tried(policy: Policy, ids: Ids, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
     """Try the rules of a bound policy that are not dlx's own, also through Dynamo if steps are `compiled`.
 
-    Raises PolicyError  with the offending line, for a rule that reads a tensor's values, makes shapes of them, writes
-                        to its arguments, breaks the graph, fails, or returns another shape or dtype than its axis asks
+    Raises PolicyError  with the offending line, for a rule that reads a tensor's values, makes shapes of them, copies
+                        between device and host, writes to its arguments, breaks the graph, fails, or returns another
+                        shape or dtype than its axis asks
     """
     mine = [axis for axis in RULES if not type(getattr(policy, axis)).__module__.startswith("dlx.")]
     if not mine:
@@ -107,7 +126,11 @@ def _spied(axis: str, rule: Any, calls: list[Call]) -> Any:
         tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         before = [t._version for t in tensors]
         try:
-            out = rule(*args)
+            with Border():
+                out = rule(*args)
+        except Crossed as error:
+            why = "it copies between the device and the host, which waits; make tensors on the device, as by arange"
+            raise _refused(axis, rule, _line(rule, error), why) from None
         except DataDependentOutputException as error:
             why = "it reads a value on the host, which waits for the device; use torch.where on tensors"
             raise _refused(axis, rule, _line(rule, error), why) from None

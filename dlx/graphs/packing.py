@@ -20,17 +20,18 @@ from dlx.graphs.buffer import BlockBuffer
 from dlx.ops import OPS
 from dlx.ops.attention import View
 
-FREE = 256  # positions of a forward up to which one more costs nothing on a GPU: reading the weights takes as long
+FREE = 64  # positions of which one more costs nothing: matmuls take as many at once while they read a weight
 
 
 def seats(B: int, N: int, L: int) -> int | None:
     """Blocks that a forward of B rows computes; None where packing saves nothing.
 
-    N a row, and room for an eighth of the rows to commit as well.
+    N a row, and room for those that commit as well: every row's block after L / 2 forwards, at two tokens each, and an
+    eighth of the rows at least.
     """
     most = B * (N + 1)
-    some = B * N + -(-B // 8)
-    return some if most * L > FREE and some < most else None
+    some = B * N + max(-(-B // 8), min(B, -(-2 * B // L)))
+    return some if -(-some * L // FREE) < -(-most * L // FREE) else None
 
 
 def fitting(shown: Tensor, lead: Tensor, room: int) -> Tensor:

@@ -60,7 +60,7 @@ class Card:
     full     trained all-to-all: a prompt sees all of itself, and any block length goes
     shift    the token at a position is read off the hidden state of the position before it
     policy   name of the strategy that is taken if none is asked for
-    blocks   block lengths the checkpoint was trained for; the first is the default
+    blocks   block lengths the checkpoint was trained for, as far as its config tells; the first is the default
     max_len  positions, prompt and answer together
     mixture  None for a dense network
     fp8      matmul weights are e4m3, with a scale a row
@@ -250,14 +250,15 @@ def _stop_ids(
 
 
 def _blocks(read: Fields, facts: Facts, max_len: int) -> tuple[int, ...]:
-    """The default block length, then the others the checkpoint was trained for."""
+    """The default block length, then the others the checkpoint was trained for, or, undeclared, may have been."""
     size = read.integer("block_size", 1, max_len, default=facts.block)
     first = read.integer("block_length", 1, max_len, default=size)
     if read.get("block_size") is not None and first != size:
         raise wrong("block_length", first, f"block_size={size}, as both name the trained block length")
     trained = read.get("trained_block_lengths")
     if trained is None:
-        return (first,)
+        declared = read.get("block_size") is not None or read.get("block_length") is not None
+        return (first,) if declared else (first, *(n for n in facts.others if n <= max_len))
     if not isinstance(trained, list) or not all(is_integer(n, 1, max_len) for n in trained):
         raise wrong("trained_block_lengths", trained, f"a list of integers from 1 to {max_len}")
     return tuple(dict.fromkeys((first, *trained)))

@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     """What is true of every checkpoint of a family.
 
     block    trained block length; of a family trained all-to-all, that of its D2F adapters
+    others   block lengths of further published checkpoints, where config.json does not tell one from the other
     full     trained all-to-all, so a prompt sees all of itself; else block-causal
     shift    the token at a position is read off the position before it
     policy   the strategy that decodes it best without further knobs
@@ -48,6 +49,7 @@ class Facts(NamedTuple):
     keys     what its config.json calls a key, where that is another name
     plain    further keys that must ask for nothing
     repos    published checkpoints, `{a,b}` standing for several
+    checked  weights with which it was held against transformers
     """
 
     name: str
@@ -65,16 +67,21 @@ class Facts(NamedTuple):
     mixture: str | None = None
     keys: Mapping[str, str] = {}
     plain: Mapping[str, Allowed] = {}
+    others: tuple[int, ...] = ()
+    checked: str = "random weights"
 
 
 QWEN: dict[str, Any] = {"stop_ids": (151645, 151643)}
 QWEN3: dict[str, Any] = QWEN | {"mask_id": 151669, "qk_norm": True, "head_dim": True}
+SDAR: dict[str, Any] = QWEN3 | {"block": 4, "others": (8, 16, 32, 64)}  # …-Chat is 4, …-Chat-bN is N
 EVERY: dict[str, Allowed] = {"decoder_sparse_step": ((None, 1), "1"), "mlp_only_layers": ((None, []), "[]")}
 
 FAMILIES: dict[str, Facts] = {
-    "SDARForCausalLM": Facts("sdar", block=4, repos="JetLM/SDAR-{1.7B,4B,8B}-Chat[-bN]", **QWEN3),
+    "SDARForCausalLM": Facts(
+        "sdar", repos="JetLM/SDAR-{1.7B,4B,8B}-Chat[-bN]", checked="trained (bundled) and random weights", **SDAR
+    ),
     "SDARMoeForCausalLM": Facts(
-        "sdar_moe", block=4, repos="JetLM/SDAR-30B-A3B-{Chat,Sci}", mixture="softmax", plain=EVERY, **QWEN3,
+        "sdar_moe", repos="JetLM/SDAR-30B-A3B-{Chat[-bN],Sci}", mixture="softmax", plain=EVERY, **SDAR,
         keys={"num_experts": "num_local_experts"},
     ),
     "DreamModel": Facts(

@@ -17,7 +17,7 @@ from dlx.models.layers import Linear, LowRank
 from dlx.weights.files import Json, Stored, headers, inside, listed, opened, read, read_json
 from dlx.weights.parameters import FLOATS, Delta
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # what only some adapters have and dlx does not compute: a key, the values that ask for nothing
 PLAIN: tuple[tuple[str, tuple[object, ...]], ...] = (
@@ -61,7 +61,8 @@ class Adapter(NamedTuple):
         folder = Path(folder).expanduser()
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
-                raise ModelError(f"{folder} has no {name}; name the folder of a LoRA adapter in PEFT's layout")
+                pickled = f", and {PICKLE} may run code" if name == WEIGHTS and (folder / PICKLE).is_file() else ""
+                raise ModelError(f"{folder} has no {name}{pickled}; name the folder of a LoRA adapter in PEFT's layout")
         path = inside(folder / WEIGHTS)
         config = read_json(folder / CONFIG)
         _refuse(folder / CONFIG, config)
@@ -77,7 +78,9 @@ class Adapter(NamedTuple):
                 raise ModelError(
                     f"{path}: {name} has dtype {stored.dtype}, expected one of {', '.join(sorted(FLOATS))}"
                 )
-            found.setdefault(match[1], {})[match[2]] = stored
+            if match[2] in found.setdefault(match[1], {}):
+                raise ModelError(f"{path}: lora_{match[2]} of {match[1]} is twice there; fetch the file again")
+            found[match[1]][match[2]] = stored
         wrong, pairs = [], {}
         for module, factors in found.items():
             fault = _misfit(config, module, factors, places)
@@ -97,8 +100,11 @@ class Adapter(NamedTuple):
             raise ModelError(f"{folder / CONFIG}: {fault}; the two files must be of one adapter")
         return Adapter(folder, pairs)
 
-    def deltas(self, places: Mapping[str, Place]) -> dict[str, list[Delta]]:
-        """Parameter → what this adapter adds to its rows; reads the file. `places` are those it was opened with."""
+    def deltas(self, places: Mapping[str, Place], finite: bool = False) -> dict[str, list[Delta]]:
+        """Parameter → what this adapter adds to its rows; reads the file. `places` are those it was opened with.
+
+        Raises ModelError  with `finite`, for a factor with NaN or infinities
+        """
         out: dict[str, list[Delta]] = {}
         path = self.folder / WEIGHTS
         with opened(path) as shard:
@@ -106,17 +112,20 @@ class Adapter(NamedTuple):
             for module, pair in self.pairs.items():
                 place = places[f"{module}.weight"]
                 a, b = (read(path, shard, names[module, factor]).clone() for factor in "AB")
+                if finite and not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+                    raise ModelError(f"{path}: a factor of {module} holds NaN or infinite values; fetch the file again")
                 out.setdefault(place.param, []).append(Delta(place.row, a, b, pair.scale))
         return out
 
 
-def install(net: nn.Module, adapters: Sequence[Adapter], places: Mapping[str, Place]) -> None:
+def install(net: nn.Module, adapters: Sequence[Adapter], places: Mapping[str, Place], finite: bool = False) -> None:
     """Give the linear layers of a network the factors of adapters, which get slots from 1 on in their order.
 
     Parts of a fused matrix (q, k, v) have ranks of their own, so their factors lie behind one another.
+    finite  refuse NaN and infinities
     Raises ModelError  for a matrix that is no linear layer: the head, an expert, a router
     """
-    every = [adapter.deltas(places) for adapter in adapters]
+    every = [adapter.deltas(places, finite) for adapter in adapters]
     for param in dict.fromkeys(param for deltas in every for param in deltas):
         of = [deltas.get(param, []) for deltas in every]
         layer = dict(net.named_modules()).get(param.removesuffix(".weight"))
@@ -152,24 +161,26 @@ def _refuse(path: Path, config: Json) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVED):
         raise ModelError(f"{path}: init_lora_weights={start!r} changed the base weights too; export it as plain LoRA")
-    for key, least in (("r", 1), ("lora_alpha", 0)):
-        value = config.get(key)
-        _number(path, key, value, least)
-    for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
-        patterns = config.get(key)
-        for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
-            _number(path, f"{key}[{pattern!r}]", value, least)
+    _number(path, "r", config.get("r"), rank=True)
+    _number(path, "lora_alpha", config.get("lora_alpha"))
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ModelError(f"{path}: {key}={patterns!r} is not allowed; expected an object of patterns and numbers")
+        for pattern, value in patterns.items():
+            _number(path, f"{key}[{pattern!r}]", value, rank=key == "rank_pattern")
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ModelError(f"{path}: {key} has {pattern!r}, which is no regular expression ({error})") from None
 
 
-def _number(path: Path, key: str, value: object, least: int) -> None:
-    """Raise ModelError unless it is a finite number, `least` or more."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not least <= value < float("inf"):  # type: ignore[operator]
-        raise ModelError(f"{path}: {key}={value!r} is not allowed; expected a number from {least} on")
+def _number(path: Path, key: str, value: object, rank: bool = False) -> None:
+    """Raise ModelError unless it is a finite number from 0 on, or as a rank an integer from 1 on."""
+    good = isinstance(value, int if rank else int | float) and not isinstance(value, bool)
+    if not good or not int(rank) <= value < float("inf"):  # type: ignore[operator]
+        kind = "an integer from 1 on" if rank else "a number from 0 on"
+        raise ModelError(f"{path}: {key}={value!r} is not allowed; expected {kind}")
 
 
 def _misfit(config: Json, module: str, factors: dict[str, Stored], places: Mapping[str, Place]) -> str:

@@ -48,7 +48,7 @@ def read_json(path: Path) -> Json:
     inside(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}; expected a JSON object; fetch the file again")
@@ -63,12 +63,14 @@ def index(folder: str | Path) -> dict[str, Stored]:
 def headers(paths: Iterable[Path]) -> dict[str, Stored]:
     """Every tensor of some safetensors files. Each header is read once, and no tensor.
 
-    Raises ModelError  a damaged file, or a tensor that is in two of them
+    Raises ModelError  a damaged file, a tensor that is in two of them, or one whose name is no line of text
     """
     found: dict[str, Stored] = {}
     for path in paths:
         with opened(path) as shard:
             for name in shard.keys():  # noqa: SIM118 (a shard is no mapping: it cannot be iterated)
+                if not name.isprintable():
+                    raise ModelError(f"{path}: {name!r} is no name of a tensor; fetch the file again")
                 if name in found and name not in SPARE:
                     raise ModelError(
                         f"{path.parent}: {name} is twice there (in {found[name].path.name} and {path.name}); "
@@ -106,8 +108,8 @@ def _folder(folder: str | Path) -> Path:
 
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder: model.safetensors, else those its index names."""
-    if (folder / SINGLE).is_file():
-        return [inside(folder / SINGLE)]
+    if inside(folder / SINGLE).is_file():  # a link that leads out is told before what it leads to is looked for
+        return [folder / SINGLE]
     index = folder / INDEX
     if not index.is_file():
         raise _no_weights(folder)
@@ -116,12 +118,13 @@ def _shards(folder: Path) -> list[Path]:
         raise ModelError(f'{index} has no "weight_map" of tensor names to files; fetch the file again')
     shards = sorted(set(names.values()))
     for name in shards:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors") or not name.isprintable():
             raise ModelError(f"{index} names the shard {name!r}; allowed are *.safetensors files in the same folder")
-    missing = [name for name in shards if not (folder / name).is_file()]
+    paths = [inside(folder / name) for name in shards]
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {listed(missing)}, which {INDEX} names; fetch the missing files")
-    return [inside(folder / name) for name in shards]
+    return paths
 
 
 def _no_weights(folder: Path) -> ModelError:

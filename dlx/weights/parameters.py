@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from torch import Tensor
 
 from dlx.errors import ModelError
 from dlx.models.card import Place
+from dlx.terminal import stderr
 from dlx.weights.files import INDEX, SINGLE, SPARE, Json, Stored, index, listed, opened, read
 from dlx.weights.fp8 import FP8, quantised, scale_of
 
@@ -156,7 +156,7 @@ def fill(
     shown = total >= BAR_BYTES and sys.stderr.isatty() if progress is None else progress
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with (
-        Progress(*columns, console=Console(stderr=True), transient=progress is None, disable=not shown) as bar,
+        Progress(*columns, console=stderr(), transient=progress is None, disable=not shown) as bar,
         torch.no_grad(),
     ):
         task = bar.add_task("weights", total=total)

@@ -25,6 +25,7 @@ def test_all_requests_are_served_at_the_forced_schedule(nano: Path, forwards: in
     assert record["tokens_per_s"] == pytest.approx(200 / record["wall_s"])
     parts = record["prefill_s"] + record["decode_s"] + record["idle"]["s"]
     assert parts == pytest.approx(record["wall_s"]) and record["idle"]["s"] > 0
+    assert record["prefill_s"] > 0  # no prompt is found in the cache of the run before
     assert record["scene"]["rows"] == 2 and record["scene"]["max_tokens"] == 40
     roof = record["roof"]
     least = {name: max(roof["memory_s"][name], roof["compute_s"][name]) for name in ("prefill", "decode")}

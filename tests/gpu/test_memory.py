@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dlx import LLM, SamplingParams
 from dlx.config import Config
-from dlx.errors import CapacityError
+from dlx.errors import CapacityError, ModelError
 from dlx.graphs.shapes import page_bytes
 from dlx.worker import Worker
+from tests.adapters import write_adapter
+from tests.checkpoints import ZOO, write
 
 pytestmark = pytest.mark.gpu
 ROOM = 3 << 29
@@ -46,6 +49,23 @@ def test_a_measured_pool_leaves_room_for_every_graph_below_the_share(tiny: Path,
     assert not worker.graphs.dropped
     left, _ = torch.cuda.mem_get_info()
     assert total - left <= share * total
+
+
+@pytest.mark.parametrize("fault", ["NaN", "an adapter of another model"])
+def test_a_checkpoint_that_is_refused_leaves_nothing_on_the_gpu(tmp_path: Path, fault: str) -> None:
+    folder, more = write(tmp_path / "checkpoint", ZOO["b4"], seed=0), dict[str, Path]()
+    if fault == "NaN":  # in the last layer, so that others are on the GPU when it is found
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.2.mlp.down_proj.weight"][-1, -1] = torch.nan
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        more["lora"] = write_adapter(tmp_path / "adapter", {"model.layers.9.self_attn.q_proj": (64, 64)})
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(ModelError) as caught:
+        LLM(folder, device="cuda", check_weights=True, **more)
+    assert torch.cuda.memory_allocated() < before + 32_000  # of 300,000, though the traceback holds the frames
+    assert ("NaN" if fault == "NaN" else "no such matrix") in str(caught.value)
 
 
 def test_weights_that_do_not_fit_are_told_and_leave_nothing(tiny: Path) -> None:

@@ -47,6 +47,35 @@ class Copies:
 
 
 @dataclass(frozen=True)
+class Leaves:
+    def __call__(self, c: Candidates, w: Seen) -> Tensor:
+        conf = c.conf.cpu()  # here: copies between the device and the host
+        return w.todo & (conf > 0.5).to(w.todo.device)
+
+
+@dataclass(frozen=True)
+class LeavesOne:
+    def __call__(self, c: Candidates, w: Seen) -> Tensor:
+        best = c.conf.max().to("cpu")  # here: copies between the device and the host
+        return w.todo & (c.conf >= best)
+
+
+@dataclass(frozen=True)
+class Comes:
+    def __call__(self, c: Candidates, w: Seen) -> Tensor:
+        bar = torch.full(c.conf.shape[-1:], 0.5).to(c.conf.device)  # here: copies between the device and the host
+        return w.todo & (c.conf > bar)
+
+
+@dataclass(frozen=True)
+class Number:
+    """This one may run: a number of the host goes with the kernel."""
+
+    def __call__(self, c: Candidates, w: Seen) -> Tensor:
+        return w.todo & (c.conf > torch.tensor(0.5)) | (torch.arange(c.conf.shape[-1], device=c.conf.device) < 0)
+
+
+@dataclass(frozen=True)
 class Fails:
     def __call__(self, c: Candidates, w: Seen) -> Tensor:
         return w.todo & c.confidence  # type: ignore[attr-defined]  # here: AttributeError

@@ -18,7 +18,7 @@ from dlx.graphs.step import Ids
 from tests.graphs import own_rules
 
 SOURCE = Path(own_rules.__file__)
-CPU = torch.device("cpu")
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # the other one stands for a GPU
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Again:
         return torch.where(take, c.tok, w.tok)
 
 
-def tried(policy: Policy, compiled: bool) -> None:
-    own.tried(replace(policy, L=8, full=False), Ids(31, 32), CPU, torch.float32, compiled)
+def tried(policy: Policy, compiled: bool, device: torch.device = CPU) -> None:
+    own.tried(replace(policy, L=8, full=False), Ids(31, 32), device, torch.float32, compiled)
 
 
 def answers(nano: Path, policy: Policy, graphs: str) -> list[tuple[list[int], int, str]]:
@@ -50,6 +50,14 @@ def answers(nano: Path, policy: Policy, graphs: str) -> list[tuple[list[int], in
     params = SamplingParams(max_tokens=40, threshold=1.0, ignore_eos=True)
     with LLM(nano, policy=policy, graphs=graphs, device="cpu", dtype="float32", max_num_seqs=2) as llm:
         return [(o.token_ids, o.nfe, o.finish_reason.value) for o in llm.generate(prompts, params)]
+
+
+def line_of(rule: str) -> str:
+    """How a refusal begins that names the line of a rule of own_rules.py."""
+    source = SOURCE.read_text().splitlines()
+    first = source.index(f"class {rule}:")
+    at = next(i for i, line in enumerate(source) if i > first and "# here" in line)
+    return f"select={rule}() cannot run on the device: {SOURCE}:{at + 1}: `{source[at].strip()}`"
 
 
 def test_a_users_rule_decides(nano: Path) -> None:
@@ -79,14 +87,23 @@ def test_a_users_rule_the_guard_and_the_budget_compile_to_the_same(nano: Path) -
     ],
 )
 def test_a_rule_that_cannot_run_on_the_device_is_refused_by_its_line(rule: str, told: str, compiled: bool) -> None:
-    source = SOURCE.read_text().splitlines()
-    first = source.index(f"class {rule}:")
-    at = next(i for i, line in enumerate(source) if i > first and "# here" in line)
     with pytest.raises(PolicyError) as error:
         tried(Policy(select=getattr(own_rules, rule)()), compiled)
-    said = str(error.value)
-    assert f"select={rule}() cannot run on the device: {SOURCE}:{at + 1}: `{source[at].strip()}`" in said
-    assert told in said.split("`")[-1]
+    assert line_of(rule) in str(error.value)
+    assert told in str(error.value).split("`")[-1]
+
+
+@pytest.mark.parametrize("rule", ["Leaves", "LeavesOne", "Comes"])
+def test_a_rule_that_copies_between_device_and_host_is_refused_by_its_line(rule: str) -> None:
+    policy = Policy(select=getattr(own_rules, rule)())
+    tried(policy, compiled=False)  # on a CPU nothing is copied
+    with pytest.raises(PolicyError, match="copies between the device and the host") as error:
+        tried(policy, False, ELSEWHERE)
+    assert line_of(rule) in str(error.value)
+
+
+def test_a_number_of_the_host_is_no_copy() -> None:
+    tried(Policy(select=own_rules.Number()), False, ELSEWHERE)
 
 
 def test_a_rule_that_breaks_the_graph_is_refused_where_it_is_compiled() -> None:

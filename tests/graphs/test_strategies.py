@@ -13,7 +13,7 @@ import torch
 from dlx import LLM, Policy, SamplingParams
 from dlx.errors import PolicyError, RequestError
 from dlx.graphs.policies import POLICIES
-from dlx.graphs.rules import Calm, Canvas, Credit, Edit, Merge, Quota
+from dlx.graphs.rules import Calm, Canvas, Credit, Edit, Merge, Quota, Remask
 from tests.checkpoints import STOP, ZOO, write
 from tests.reference import Qwen3
 from tests.strategies import STRATEGIES, Trail, decode, trimmed
@@ -137,6 +137,21 @@ def test_the_next_block_opens_once_the_last_is_as_stable_as_asked(random8: Path,
             before = (end, float(buf.mem["same"][0, last - 1]))
     assert min(opened_at) >= stability
     assert (min(opened_at) < 0.6) == (stability < 0.6)
+
+
+@pytest.mark.parametrize(
+    ("number", "policy"), [("edit", POLICIES["edit"]), ("remask", Policy(select=Quota(steps=4), rewrite=Remask()))]
+)
+def test_what_is_edited_or_masked_again_is_the_requests_own_number(random8: Path, number: str, policy: Policy) -> None:
+    many, ask = prompts(2, 8), SamplingParams(max_tokens=24, threshold=0.6, max_nfe=60)
+    apart = []
+    for value in (0.2, 0.7):
+        with opened(random8, replace(policy, **{number: value}), rows=2) as llm:
+            apart.append([(o.token_ids, o.nfe) for o in llm.generate(many, ask)])
+    assert apart[0] != apart[1]
+    with opened(random8, policy, rows=4) as llm:
+        asks = [replace(ask, **{number: value}) for value in (0.2, 0.2, 0.7, 0.7)]
+        assert [(o.token_ids, o.nfe) for o in llm.generate(many * 2, asks)] == apart[0] + apart[1]
 
 
 def test_filters_keep_draws_among_the_likeliest(random8: Path) -> None:

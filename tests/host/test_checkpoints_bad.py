@@ -6,7 +6,9 @@ The cost of loading: every header and tensor is read a fixed number of times, an
 from __future__ import annotations
 
 import gc
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dlx import LLM, ModelError, weights
+from dlx import LLM, ModelError, terminal, weights
+from dlx.live import waiting
 from dlx.models.card import Place
 from dlx.weights import files
 from dlx.weights.hub import fetched
@@ -77,6 +80,24 @@ def linked(name: str) -> Damage:
     return damage
 
 
+def nested(name: str) -> Damage:
+    """A file of JSON that is nested deeper than a parser goes."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).write_text("[" * 200_000)
+
+    return damage
+
+
+def dangling(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to("/nowhere/model.safetensors")
+
+
+def template(folder: Path) -> None:
+    (folder / "chat_template.jinja").symlink_to("/etc/hostname")
+
+
 def pickled(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
@@ -97,6 +118,13 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "truncated": (truncated, (f"{SECOND} is truncated",)),
     "an index that climbs": (pointed("../outside.safetensors"), (weights.INDEX, "'../outside.safetensors'")),
     "a link out of the folder": (linked(SECOND), (SECOND, "is a link to", "outside of its folder")),
+    "a link to nothing out of the folder": (dangling, (SECOND, "is a link to /nowhere", "outside of its folder")),
+    "a tokenizer out of the folder": (linked("tokenizer.json"), ("tokenizer.json", "is a link to")),
+    "a template out of the folder": (template, ("chat_template.jinja", "is a link to")),
+    "a name of two lines": (put("a\n\x1b[1mb", torch.ones(3)), (SECOND, repr("a\n\x1b[1mb"), "is no name")),
+    "a config without end": (nested("config.json"), ("config.json cannot be read as JSON",)),
+    "an index without end": (nested(weights.INDEX), (weights.INDEX, "cannot be read as JSON")),
+    "a tokenizer's config without end": (nested("tokenizer_config.json"), ("tokenizer_config.json is no JSON",)),
     "a config out of the folder": (linked("config.json"), ("config.json", "is a link to")),
     "pickles": (pickled, ("pickle weights only (pytorch_model.bin)",)),
 }
@@ -234,6 +262,25 @@ def test_progress_is_told_when_asked(folder: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
     weights.load(folder, places, params, progress=True)
     assert "kB" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_drawn_under_a_commands_spinner_and_not_over_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {name: Place(name, 0, stored.shape) for name, stored in weights.index(folder).items()}
+    params = {name: torch.zeros(place.shape) for name, place in places.items()}
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    terminal.stderr.cache_clear()  # what it found stderr to be when it was made
+    with waiting("loading the model"):
+        weights.load(folder, places, params, progress=True)
+    terminal.stderr.cache_clear()
+    assert re.search(r"loading the model[^\n]*\n[^\n]*kB", screen.getvalue())
 
 
 class Hub:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlx import LLM, CapacityError, ConfigError, ModelError, SamplingParams, cli, convert, weights
+from dlx.config import TINY
 from dlx.models import family
 from dlx.models.card import Card
-from tests import families
+from tests import families, gemma
 from tests.adapters import write_adapter
 from tests.checkpoints import ZOO, write
 
@@ -36,7 +37,7 @@ def opened(folder: Path, lora: Path | None = None, dtype: torch.dtype = torch.fl
     places = kind.places(card)
     params = dict(kind.build(card, torch.device("cpu"), dtype).named_parameters())
     deltas = {} if lora is None else weights.Adapter.open(lora, places).deltas(places)
-    weights.load(folder, weights.layout(raw, places, params), params, kind.stacked(card), deltas=deltas)
+    weights.load(folder, weights.layout(raw, places, params), params, kind.stacked(card), kind.skipped, deltas=deltas)
     return Opened(card, params)
 
 
@@ -81,6 +82,19 @@ def test_a_fused_checkpoint_loads_back_equal(tmp_path: Path, name: str, shard_by
     assert all(path.stat().st_size < max(20_000, one, *(x.nbytes for x in held.values())) + 2_000 for path in shards)
     convert.convert(out, tmp_path / "again")
     assert same(stored(tmp_path / "again"), dict(sorted(held.items())))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked experts", "experts one by one, the encoder's names"])
+def test_a_fused_diffusion_gemma_loads_back_equal_without_its_vision_tower(tmp_path: Path, apart: bool) -> None:
+    tensors = gemma.tensors(gemma.model())
+    raw = gemma.write(tmp_path / "raw", gemma.apart(tensors) if apart else tensors)
+    out = convert.convert(raw, tmp_path / "out")
+    before, after = opened(raw), opened(out)
+    assert before.card == after.card
+    assert same(before.params, after.params)
+    assert set(stored(out)) == set(before.params)
+    with pytest.raises(ConfigError, match="fp8 is not there for diffusion_gemma"):
+        convert.convert(raw, tmp_path / "small", fp8=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,6 +162,31 @@ def test_an_fp8_checkpoint_says_so_and_loads_into_fp8_parameters(sdar: Path, tmp
     assert same({n: x.float() for n, x in params.items()}, {n: x.float() for n, x in held.items()})
     with pytest.raises(ModelError, match="is in fp8 already"):
         convert.convert(out, tmp_path / "again", fp8=True)
+
+
+MIXED = {"model.layers.1.attention.dense": (64, 128), "model.layers.2.mlp.experts.3.down_proj": (64, 24)}
+
+
+def held(folder: Path, **how: Any) -> dict[str, Tensor]:
+    """What an LLM of a checkpoint holds, in fp32."""
+    with LLM(folder, graphs="off", device="cpu", dtype="float32", **how) as llm:
+        return {name: x.float() for name, x in llm.engine.worker.net.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["sdar", "llada", "llada2"])
+def test_an_fp8_checkpoint_with_an_adapter_merged_loads_as_the_original_quantised_and_merged(
+    sdar: Path, adapter: Path, tmp_path: Path, name: str
+) -> None:
+    raw = sdar
+    if name != "sdar":
+        raw = families.write(tmp_path / name, name, families.network(name))
+        modules = {"llada": {"model.transformer.blocks.1.q_proj": (64, 64)}, "llada2": MIXED}
+        adapter = write_adapter(tmp_path / "other", modules[name], seed=4)
+    out = convert.convert(raw, tmp_path / "out", lora=adapter, fp8=True)
+    converted, merged, plain = held(out), held(raw, lora=adapter, quantization="fp8"), held(raw, quantization="fp8")
+    assert same(converted, merged)
+    changed = {param for param in plain if not torch.equal(plain[param], merged[param])}
+    assert len(changed) >= 2  # weights, and scales if a row's largest number is another
 
 
 def test_weights_quantised_while_they_are_read_are_those_of_the_converted_checkpoint(
@@ -227,4 +266,5 @@ def test_the_command_lists_every_family(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["models", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["architecture"] for row in rows} >= {"SDARForCausalLM", "DreamModel", "LLaDA2MoeModelLM"}
-    assert all(row["status"] == "decodes" for row in rows)
+    assert {row["family"] for row in rows if "trained" in row["status"]} == {opened(TINY).card.family}
+    assert all(row["status"].startswith("decodes; checked with ") for row in rows)

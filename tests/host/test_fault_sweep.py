@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from dlx import LLM, Chunk, SamplingParams
 from dlx.engine import Engine
+from dlx.pages import PagePool
 from dlx.request import Finish
+from dlx.scheduler import Scheduler
 from tests.loops import read_late
 
 pytestmark = pytest.mark.slow
@@ -127,6 +132,61 @@ def test_a_row_that_gave_way_in_half_a_plan_runs_no_more(
     got = outcome(engine, ids, chunks)
     assert [ids for ids, expected in zip(got, alone) if ids not in (expected, Finish.ERROR)] == []
     assert Finish.ERROR in got and engine.scheduler.pool.used == 0 and not engine.worker.rows._kept
+
+
+class Lines:
+    """Counts the lines of functions as they run, and interrupts at one of its runs; usable once."""
+
+    def __init__(self, functions: Iterable[Callable[..., Any]], line: int = 0, run: int = 0) -> None:
+        self._codes = {function.__code__ for function in functions}
+        self.line, self.run = line, run
+        self.seen: Counter[int] = Counter()
+
+    def _look(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            self.seen[frame.f_lineno] += 1
+            if frame.f_lineno == self.line and self.seen[self.line] == self.run:
+                raise KeyboardInterrupt
+        return self._look
+
+    def __enter__(self) -> Lines:
+        sys.settrace(lambda frame, *_: self._look if frame.f_code in self._codes else None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        (PagePool.allocate, PagePool._evicted, PagePool.publish),
+        (PagePool.share, PagePool.release),
+        (Scheduler._admit, Scheduler._preempt),
+        (Scheduler._end, Scheduler._leave),
+        (Engine.add, Engine._launch, Engine._take),
+    ],
+    ids=lambda functions: functions[0].__qualname__,
+)
+def test_an_interrupt_between_any_two_lines_of_bookkeeping_loses_neither_page_nor_slot(
+    llm: LLM, alone: list[list[int]], functions: tuple[Callable[..., Any], ...]
+) -> None:
+    engine, draw = llm.engine, random.Random(1)
+    asked = [(prompt, LONG) for prompt in PROMPTS]
+    with Lines(functions) as lines:
+        assert outcome(engine, engine.add_all(asked)) == alone
+    for line, runs in sorted(lines.seen.items())[draw.randrange(3) :: 3]:
+        ids, chunks = list[int](), list[Chunk]()
+        with contextlib.suppress(KeyboardInterrupt), Lines(functions, line, draw.randint(1, runs)):
+            ids = engine.add_all(asked)
+            while not engine.idle:
+                chunks += engine.step()
+        got = outcome(engine, ids, chunks)
+        assert [ids for ids, expected in zip(got, alone) if ids not in (expected, Finish.ERROR)] == []
+        engine.scheduler.check_invariants()
+        assert engine.idle and engine.scheduler.pool.used == 0 and not engine.worker.rows._kept
+        assert bool(engine.worker.buf.done.all()) and not engine._answers._open
+    assert outcome(engine, engine.add_all(asked)) == alone
 
 
 def test_an_abort_before_any_turn_changes_no_other(llm: LLM, alone: list[list[int]]) -> None:

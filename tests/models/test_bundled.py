@@ -15,19 +15,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from dlx import LLM, SamplingParams
 from dlx.graphs.policies import POLICIES
 from tests import sequences
 from tests.checkpoints import STOP
-from tests.graphs.test_strategies import EDITING, Trail, differ, trail, trimmed
+from tests.graphs.test_strategies import EDITING, differ, trail
 from tests.models.test_parity import questions
 from tests.models.test_sequences import trajectory
 from tests.reference import Ask, Qwen3, Strategy
 from tests.reference import decode as decode_blocks
 from tests.sequences import NEAR, How
 from tests.strategies import STRATEGIES, decode
+from tests.windows import Whole, excusable, walked
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +62,6 @@ ONE_A_FORWARD = (
     *[n for n, how in SEQUENCES.items() if how.scope == "all"],
 )
 BARS = (None, 0.6, 0.95)  # thresholds take turns; None is the policy's own
-
-
-class Seen(Qwen3):
-    """The same network, in which a prompt of `prompt` tokens sees itself whole; behind it, all to a block's end."""
-
-    prompt = 0
-
-    def __call__(self, ids: list[int], rows: list[int]) -> Tensor:
-        at = torch.arange(len(ids))
-        end = torch.where(at < self.prompt, self.prompt, (at // self.L + 1) * self.L)
-        hidden = at[None, :] >= end[:, None]
-        bias = torch.zeros(1, 1, *hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
-        with torch.inference_mode():
-            return self.net(torch.tensor([ids]), attention_mask=bias, logits_to_keep=torch.tensor(rows)).logits[0]
 
 
 @pytest.fixture
@@ -123,26 +109,18 @@ def by_blocks(folder: Path, name: str, n: int) -> Count:
 
 def by_windows(folder: Path, name: str, n: int) -> Count:
     """Several blocks at once, against the loop of tests/reference.py."""
-    net, excused, forwards, tokens = Seen(folder, L) if name == "d2f" else Qwen3(folder, L), 0, 0, 0
+    net, excused, forwards, tokens = Whole(folder, L) if name == "d2f" else Qwen3(folder, L), 0, 0, 0
     with opened(folder, name) as llm:
         for prompt, most, bar, params in asked(name, n):
-            if isinstance(net, Seen):
+            if isinstance(net, Whole):
                 net.prompt = len(prompt)
-            want = decode_blocks(
-                net, prompt, replace(WINDOW[name], threshold=bar), Ask(most, stop_ids=frozenset({STOP}))
-            )
-            ids, steps = list(prompt), list[list[int]]()
-            for f in want.forwards:
-                ids[f.base * L :] = f.seen
-                for pos, tok in f.wrote.items():
-                    ids[pos] = tok
-                steps.append(trimmed(ids[len(prompt) :], net.mask_id))
-            got = trail(llm, prompt, params, net.mask_id)
-            if differ(got, Trail(want.kept(), steps)):
-                unlike = [i for i, (a, b) in enumerate(zip(got.steps, steps)) if a != b] or [len(steps) - 1]
-                assert any(f.near() for f in want.forwards[: unlike[0] + 1]), (name, prompt, bar, got, steps)
+            strategy = replace(WINDOW[name], threshold=bar)
+            decoded = decode_blocks(net, prompt, strategy, Ask(most, stop_ids=frozenset({STOP})))
+            want, got = walked(decoded, prompt, net), trail(llm, prompt, params, net.mask_id)
+            if differ(got, want):
+                assert excusable(got, want, decoded), (name, prompt, bar, got, want)
                 excused += 1
-            forwards, tokens = forwards + want.nfe, tokens + len(want.kept())
+            forwards, tokens = forwards + decoded.nfe, tokens + len(want.tokens)
     return Count(forwards, tokens, excused)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dlx.errors import ModelError
+from dlx.config import bind
+from dlx.errors import ModelError, PolicyError
 from dlx.models.card import Card
 from dlx.models.families import FAMILIES
 
@@ -69,7 +70,7 @@ def test_the_published_config_gives_every_fact() -> None:
         mask_id=151669,
         stop_ids=(151645, 151643),
         pad_id=151643,
-        blocks=(4,),
+        blocks=(4, 8, 16, 32, 64),  # SDAR-1.7B-Chat-b32 has the same config
         max_len=32768,
     )
 
@@ -86,6 +87,14 @@ def test_the_bundled_model_declares_the_lengths_it_was_trained_at(tiny: Path) ->
 @pytest.mark.parametrize("length", [8, 16, 32, 64])
 def test_a_declared_block_length_is_taken(key: str, length: int) -> None:
     assert Card.from_hf(PUBLISHED | {key: length}, {}).blocks == (length,)
+
+
+def test_of_sdars_that_do_not_declare_theirs_the_published_block_lengths_are_taken_and_no_others() -> None:
+    card, declared = (Card.from_hf(PUBLISHED | more, {}) for more in ({}, {"block_size": 4}))
+    assert [bind(None, card, L).L for L in (None, 8, 16, 32, 64)] == [4, 8, 16, 32, 64]
+    for undecodable, L in ((card, 5), (declared, 8)):
+        with pytest.raises(PolicyError, match="do not suit this sdar checkpoint"):
+            bind(None, undecodable, L)
 
 
 def test_the_default_block_length_comes_first_and_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSampler
 
 from dlx import LLM, SamplingParams
 from dlx.errors import ConfigError, ModelError, PolicyError
@@ -226,17 +228,44 @@ def test_generate_equals_transformers_where_canvases_settle_early(quick: Case, n
     assert draws.forwards < 12 * -(-out.tokens // CANVAS)
 
 
-@pytest.mark.long
-def test_fifty_prompts_are_decoded_as_transformers_decodes_them(quick: Case) -> None:
-    length, forwards = 2 * CANVAS - 1, 0
-    for seed in range(50):
-        prompt = ids(1 + seed % 23, seed).tolist()
-        expected, draws = generated(quick.net, prompt, length, seed, **QUICK)
-        (out,) = quick.llm.generate(prompt, SamplingParams(max_tokens=length, temperature=1.0, seed=seed))
-        answer = expected.sequences[0, len(prompt) : len(prompt) + length].tolist()
-        assert (out.token_ids, out.nfe) == (before_stop(answer), draws.forwards), seed
-        forwards += out.nfe
-    assert forwards > 200
+def accepted(patch: pytest.MonkeyPatch) -> list[list[int]]:
+    """A list to which transformers' generate adds what each forward accepts of a canvas, −1 where nothing."""
+    told, real = list[list[int]](), EntropyBoundSampler.accept_canvas
+
+    def accept(self: EntropyBoundSampler, current: Tensor, denoised: Tensor, *rest: Any, **more: Any) -> Tensor:
+        out = real(self, current, denoised, *rest, **more)
+        told.append(torch.where(self.accepted_token_mask, denoised, -1)[0].tolist())
+        return out
+
+    patch.setattr(EntropyBoundSampler, "accept_canvas", accept)
+    return told
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(50, marks=pytest.mark.long)])
+def test_prompts_are_decoded_forward_for_forward_as_transformers_decodes_them(
+    n: int, quick: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, length, refused = accepted(monkeypatch), 2 * CANVAS - 1, 0
+    warm = replace(QUICK_POLICY, canvas=Canvas(steps=12, hot=0.4, cold=0.2))  # so that a forward refuses some
+    with open_llm(gemma.write(tmp_path, gemma.tensors(quick.net)), warm, max_num_seqs=1) as llm:
+        for seed in range(n):
+            prompt = ids(1 + seed % 23, seed).tolist()
+            told.clear()
+            expected, draws = generated(quick.net, prompt, length, seed, **QUICK | {"t_min": 0.2, "t_max": 0.4})
+            params = SamplingParams(max_tokens=length, temperature=1.0, seed=seed)
+            chunks, out = list(llm.stream(prompt, params, watch=True)), list[int]()
+            for chunk in chunks:
+                out += chunk.token_ids
+            answer = expected.sequences[0, len(prompt) : len(prompt) + length].tolist()
+            assert (out, chunks[-1].nfe) == (before_stop(answer), draws.forwards), seed
+            spent = [0, *(chunk.nfe for chunk in chunks)]
+            decoding = [chunk for chunk, (a, b) in zip(chunks, itertools.pairwise(spent)) if b > a]
+            assert len(decoding) == len(told) == draws.forwards
+            watched = [(chunk.window, theirs) for chunk, theirs in zip(decoding, told) if chunk.window]
+            assert len(watched) >= len(told) - 2  # of two canvases: a decided one has left the window
+            assert all(ours == theirs for ours, theirs in watched), (seed, watched)
+            refused += sum(theirs.count(-1) for theirs in told)
+    assert refused > 5 * n
 
 
 def test_generate_stops_where_transformers_stops(quick: Case) -> None:

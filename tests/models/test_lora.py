@@ -166,6 +166,23 @@ def test_without_adapters_no_layer_has_any_and_a_network_with_them_asks_whose_ro
         says(card, adapted, tuned)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["experts one by one", "stacked experts"])
+def test_an_adapter_of_an_expert_changes_that_expert_alone(tmp_path: Path, stacked: bool) -> None:
+    folder = write_family(tmp_path / "base", "llada2", network("llada2"), stacked)
+    module = "model.layers.2.mlp.experts.3.up_proj"
+    adapter = write_adapter(tmp_path / "adapter", {module: (24, 64)}, seed=2)
+    factors = load_file(adapter / adapter_files.WEIGHTS)
+    b, a = (factors[f"base_model.model.{module}.lora_{x}.weight"] for x in "BA")
+    with llm(folder) as plain, llm(folder, lora=adapter) as merged:
+        before, after = (dict(x.engine.worker.net.named_parameters()) for x in (plain, merged))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"layers.2.mlp.gate_up"}
+    added = after["layers.2.mlp.gate_up"] - before["layers.2.mlp.gate_up"]
+    torch.testing.assert_close(added[3, 24:], 6 / 4 * b @ a, rtol=1e-5, atol=1e-6)
+    added[3, 24:] = 0
+    assert not added.any()
+
+
 # the engine, on a checkpoint that decodes
 SHAPE = ZOO["b8"]
 HF = {"q": (192, 96), "k": (64, 96), "v": (64, 96), "o": (96, 192)}
@@ -271,7 +288,7 @@ def linked(folder: Path) -> None:
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a target that matches nothing": (facts(target_modules=[*TARGETS, "c_attn"]), r"target_modules has c_attn"),
     "a matrix that no target names": (facts(target_modules=TARGETS[1:]), "target_modules has nothing for .*q_proj"),
     "no targets": (facts(target_modules=[]), r"target_modules has nothing for model\.layers\.0\.mlp\.down_proj, "),
@@ -301,6 +318,16 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "truncated": (truncated, "is truncated"),
     "a link out of the folder": (linked, "outside of its folder"),
+    "half a rank": (facts(r=4.5), r"r=4\.5 is not allowed; expected an integer"),
+    "no patterns": (facts(rank_pattern="q_proj"), "rank_pattern='q_proj' is not allowed"),
+    "a factor twice": (
+        tensors(lambda x: x.update({f"{Q}.lora_A.default.weight": torch.ones(4, 96)})), r"lora_A of .*q_proj is twice"
+    ),
+    "a name of two lines": (tensors(lambda x: x.update({"a\nb": torch.ones(1)})), r"'a\\nb' is no name of a tensor"),
+    "NaN": (tensors(lambda x: x[f"{Q}.lora_B.weight"].fill_(torch.nan)), r"q_proj holds NaN or infinite values"),
+    "a pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), r"adapter_model\.bin may run code"
+    ),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
 }  # fmt: skip
 
@@ -315,7 +342,7 @@ def test_a_bad_adapter_is_refused_in_one_line_that_names_the_file(
     damage(folder)
     how: dict[str, Any] = {"lora": folder} if way == "merged" else {"adapters": {"bad": folder}}
     with pytest.raises(ModelError, match=words) as caught:
-        llm(base.folder, **how)
+        llm(base.folder, check_weights=True, **how)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
