@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false, reportArgumentType=false
 """fp8 keys and values in the dtype of the queries, in registers.
 
 The hardware turns e4m3 into fp16, two numbers an instruction; from fp16 to bf16 it takes one each, on a slow pipe. So

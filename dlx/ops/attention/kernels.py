@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false
 """The Triton kernel: one tile of queries against one stretch of a row's keys, and the sum over the stretches.
 
 A query row of a tile is (position, head of the group). Three things make it fast:
