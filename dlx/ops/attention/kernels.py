@@ -58,7 +58,7 @@ def _attend(
     first, hole0  None: there is no window, no hole
     WAYS   acc, odd, top, total, q and q_odd have a dim of that size in front if it is above 1
     FP8    dtype of the pages if it is fp8, else None; PAIRS: q and acc are of the even channels, q_odd and odd of the
-           others; LIFT: see `fp8.py`; it is in scale and q, and comes to be in acc and total
+           others, else of no use; LIFT: see `fp8.py`; it is in scale and q, and comes to be in acc and total
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     WIDE: tl.constexpr = D // 2 if PAIRS else D
@@ -207,7 +207,6 @@ def _attention(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     q_odd = None
-    odd = None
     if PAIRS:
         half = 2 * tl.arange(0, D // 2)
         q = _lifted(tl.load(q_at + half[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST, WAYS)
@@ -220,8 +219,7 @@ def _attention(
         top = _ways(top, WAYS)
         total = _ways(total, WAYS)
         acc = _ways(acc, WAYS)
-    if PAIRS:
-        odd = acc
+    odd = acc if PAIRS else top  # a function returns no None
     table_ptr = pages_ptr + b * W
     if FULL:
         # [low, near) and [far, high) need masks; what is between is seen by all that sees anything
