@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dlx.ops.attention.fp8 import _halves, _whole
+from dlx.ops.attention.shapes import _lifted, _repeated, _turned, _ways
 from dlx.ops.attention.sums import _add_up, _joined
 
 
@@ -40,12 +41,6 @@ def _pages(table_ptr, j0, n, high, W, S: tl.constexpr, BN: tl.constexpr, CHECK: 
 
 
 @triton.jit
-def _turned(k):
-    """The last two dims of [BN, D] or [WAYS, BN, D] exchanged."""
-    return tl.trans(k, 0, 2, 1) if len(k.shape) == 3 else tl.trans(k)
-
-
-@triton.jit
 def _attend(
     acc, odd, top, total, q, q_odd, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr, scale,
     W, P, plane, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, WAYS: tl.constexpr,
@@ -62,11 +57,18 @@ def _attend(
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
     WIDE: tl.constexpr = D // 2 if PAIRS else D
+    # a scale a page, not a key: a thread of a matmul holds many keys, and Triton 3.6 has it load the scale of each
+    EACH: tl.constexpr = scales_ptr is not None and WAYS == 1 and BN % S == 0 and BN > S
     n = tl.arange(0, BN)
     if WAYS > 1:
         n = tl.reshape(n, [WAYS, BN // WAYS])
     d = tl.arange(0, WIDE)
     page = _pages(table_ptr, low, n, high, W, S, BN, CHECK)
+    m = n
+    some = page
+    if EACH:
+        m = tl.arange(0, BN // S) * S
+        some = _pages(table_ptr, low, m, high, W, S, BN, CHECK)
     for j0 in range(low, high, BN):
         j = j0 + n
         ahead = _pages(table_ptr, j0 + BN, n, high, W, S, BN, CHECK)
@@ -93,11 +95,25 @@ def _attend(
             k = tl.load(kv)
             v = tl.load(kv + plane)
         if scales_ptr is not None:
-            known = scales_ptr + (page + 0 * n) * G + g
-            if MASK:
+            if EACH:
+                after = _pages(table_ptr, j0 + BN, m, high, W, S, BN, CHECK)
+                if CHECK:
+                    some = tl.where((some < 0) | (some >= P), 0, some)
+                known = scales_ptr + some * G + g
+                real = None
+                if MASK:
+                    real = j0 + m < high
+                    if hole0 is not None:
+                        real = real & ((j0 + m < hole0) | (j0 + m + S > hole1))
+                k_scale = _repeated(tl.load(known, mask=real, other=0.0 if MASK else None), S)
+                v_scale = _repeated(tl.load(known + P * G, mask=real, other=0.0 if MASK else None), S)
+                some = after
+            elif MASK:
+                known = scales_ptr + (page + 0 * n) * G + g
                 k_scale = tl.load(known, mask=here, other=0.0)
                 v_scale = tl.load(known + P * G, mask=here, other=0.0)
             else:
+                known = scales_ptr + (page + 0 * n) * G + g
                 k_scale = tl.load(known)
                 v_scale = tl.load(known + P * G)
         if PAIRS:
@@ -138,25 +154,6 @@ def _attend(
         top = new
         page = ahead
     return acc, odd, top, total
-
-
-@triton.jit
-def _ways(x, WAYS: tl.constexpr):
-    """x once for each way: with a dim in front."""
-    x = tl.expand_dims(x, 0)
-    return tl.broadcast_to(x, (WAYS, x.shape[1], x.shape[2]) if len(x.shape) == 3 else (WAYS, x.shape[1]))
-
-
-@triton.jit
-def _lifted(q, LIFT: tl.constexpr, UPCAST: tl.constexpr, WAYS: tl.constexpr):
-    """Queries as `_attend` takes them."""
-    if UPCAST:
-        q = q.to(tl.float32)
-    if LIFT:
-        q = (q * 2.0**LIFT).to(q.dtype)
-    if WAYS > 1:
-        q = _ways(q, WAYS)
-    return q
 
 
 @triton.jit
