@@ -32,6 +32,7 @@ TITLES = {
     "linear": "**linear**: the matmuls and the head of a step, share of read bandwidth by traffic; rows:",
     "linear_fp8": "**linear, fp8 weights**: a layer's matmuls, share of read bandwidth by traffic; rows:",
     "candidates": "**candidates**: head and sampler, greedy; rows:",
+    "candidates_topk": "**candidates**: the same with lists of the k likeliest ids; k, rows:",
     "attention": "**attention**: requests × queries at keys before them",
     "attention_fp8": "**attention, fp8 K/V**: requests × queries at keys before them; what bf16 takes of it",
     "kv_store": "**kv_store**: requests × positions",

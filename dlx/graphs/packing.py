@@ -20,7 +20,7 @@ from dlx.graphs.buffer import BlockBuffer
 from dlx.ops import OPS
 from dlx.ops.attention import View
 
-FREE = 64  # positions of which one more costs nothing: matmuls take as many at once while they read a weight
+ENOUGH = 256  # positions of a forward from which on packing is worth the kernels that it takes and who has to wait
 
 
 def seats(B: int, N: int, L: int) -> int | None:
@@ -31,7 +31,7 @@ def seats(B: int, N: int, L: int) -> int | None:
     """
     most = B * (N + 1)
     some = B * N + max(-(-B // 8), min(B, -(-2 * B // L)))
-    return some if -(-some * L // FREE) < -(-most * L // FREE) else None
+    return some if most * L >= ENOUGH and some < most else None
 
 
 def fitting(shown: Tensor, lead: Tensor, room: int) -> Tensor:

@@ -76,9 +76,9 @@ def test_every_forward_is_the_loops_from_the_same_state(name: str, tmp_path: Pat
                     continue
                 b = Block(ids, given, net.mask_id, 0, bar, edits=int(buf.mem["edits"][0, place]))
                 for j in range(L):
-                    mix, shares = buf.mem["soft_ids"][0, place, j].long(), buf.mem["soft_shares"][0, place, j]
+                    mix, shares = buf.mem["soft"][0, place, j].unbind()
                     if shares.sum() > 0:
-                        b.soft[j] = mixed_of(E, ids[j], mix, shares)
+                        b.soft[j] = mixed_of(E, ids[j], mix.long(), shares)
                         mixed += 1
     assert forwards > 150 and mixed > 150
     assert name != "dmax" or capped > 3  # smoothed blocks end before their cap

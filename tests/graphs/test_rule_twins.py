@@ -291,23 +291,23 @@ def test_credit_equals_its_twin() -> None:
     for seed in range(STATES // (B * N) + 1):
         c, w = scene(seed, rule)
         assert c.top is not None
-        w.mem["credit_ids"].copy_(  # of likely ids some have credit; no id has two places
+        held_ids, held_sums = w.mem["credit"].unbind(-2)
+        held_ids.copy_(  # of likely ids some have credit; no id has two places
             torch.cat((c.top[..., 1:3] + 1, torch.full_like(c.top[..., :1], WORDS + 2)), -1)
         )
-        w.mem["credit_sums"][..., 2].mul_(torch.arange(L) % 2)
+        held_sums[..., 2].mul_(torch.arange(L) % 2)
         odd = (torch.arange(L) % 3 == 0) & (torch.arange(B)[:, None, None] > 1)  # drawn, and not among the likeliest
         c = c._replace(tok=torch.where(odd, WORDS, c.tok))
         got, kept = rule(c, w), rule.keep(c, w, c.tok, torch.zeros(B, N, dtype=torch.bool))
         for b, n, x in blocks(c, w):
             for i in range(L):
-                ids, sums = x.mem["credit_ids"][i], [0.8 * s for s in x.mem["credit_sums"][i]]
+                ids, sums = x.mem["credit"][i][0], [0.8 * s for s in x.mem["credit"][i][1]]
                 if i in x.todo:
                     best, p = x.top[i][0] + 1, x.likely[i][0]
                     at = ids.index(best) if best in ids else sums.index(min(sums))
                     sums[at] = (sums[at] if best in ids else 0.0) + p**0.2
                     ids[at] = best
-                held = kept["credit_ids"][b, n, i].tolist(), kept["credit_sums"][b, n, i].tolist()
-                assert held == (ids, pytest.approx(sums, rel=1e-5))
+                assert kept["credit"][b, n, i].tolist() == [ids, pytest.approx(sums, rel=1e-5)]
                 credit = dict(zip(ids, sums))
                 rise = [math.exp(0.7 / (x.temp or 1) * math.log1p(credit.get(j + 1, 0.0))) for j in x.top[i]]
                 worth = [p * r for p, r in zip(x.likely[i], rise)]

@@ -104,7 +104,7 @@ def test_shift_and_full_prompts_hold_for_one_block_and_several_packed_and_not(
     name: str, policy: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if packed:
-        monkeypatch.setattr(packing, "FREE", 1)
+        monkeypatch.setattr(packing, "ENOUGH", 8)
     net, L = network(name, seed=2, spread=6.0), FAMILIES[name].L
     with opened(write(tmp_path, name, net), name, policy, max_num_seqs=4) as llm:
         assert (packing.seats(4, llm.policy.N, L) is not None) == packed

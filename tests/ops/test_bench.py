@@ -34,6 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(module, "copies", lambda read_bytes: 2)
     monkeypatch.setattr(dense, "LINEAR_ROWS", (4,))
     monkeypatch.setattr(dense, "HEAD_ROWS", (4,))
+    monkeypatch.setattr(dense, "TOP_ROWS", (4,))
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)  # `bare` is a kernel without a reference
     monkeypatch.setattr(mixture, "ROWS", (4, 32))
     monkeypatch.setattr(paged, "CONTEXTS", (24,))
@@ -66,6 +67,12 @@ def test_the_eager_sampler_gives_what_the_op_gives(small: str) -> None:
     likely, ids = one.others["torch"](1)  # type: ignore[misc]
     assert torch.equal(tok, ids[:, 0].int())
     torch.testing.assert_close(conf, likely[:, 0], rtol=2e-2, atol=1e-3)
+
+
+def test_the_eager_sampler_lists_what_the_op_lists(small: str) -> None:
+    for _, one in built("candidates_topk", small):
+        *_, likely, _, _ = one.own(1)  # type: ignore[misc]
+        torch.testing.assert_close(likely, one.others["torch"](1)[0], rtol=2e-2, atol=1e-3)  # type: ignore[index]
 
 
 def test_attention_over_fp8_pages_gives_nearly_what_it_gives_over_bf16_pages(small: str) -> None:

@@ -164,7 +164,7 @@ def more(target: Target) -> dict[str, Callable[[], Any]]:
         q, kv = empty(2, T, 4 * G, D), empty(2, 2 * W, S, G, D, dtype=dtype)
         return lambda: OPS["attention"].kernel(q, kv, ids(2, W), ids(2, T), D**-0.5, *windows)
 
-    def sampled(op: str, *ends: int) -> Callable[[], Any]:
+    def sampled(op: str, *ends: int, T: int = T) -> Callable[[], Any]:
         h, head = empty(T, E), empty(V, E)
         rows = (f32(T), empty(T, dtype=torch.int64), ids(T), ids(T))
         rest = (8, True, 30.0) if op == "candidates_partial" else (5, True, True, 30.0)
@@ -181,6 +181,7 @@ def more(target: Target) -> dict[str, Callable[[], Any]]:
         "attention, fp8 pages": attention(128, fp8, ids(2, T), ids(2, 2), scales),
         "kv_store, fp8 pages": lambda: OPS["kv_store"].kernel(qkv, None, None, *places, 1e-6, scales, True),
         "candidates, filtered": sampled("candidates", V - 1, V),
+        "candidates, filtered, many rows": sampled("candidates", V - 1, V, T=512),
         "candidates, a part": sampled("candidates_partial", V - 1, 7, V),
         "positions": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8),
         "positions, given": lambda: OPS["positions"].kernel(ids(2), ids(2), 4, 8, ids(2)),

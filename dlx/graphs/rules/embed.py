@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlx.graphs.rules.seen import Asks, Candidates, Memory, Seen
+from dlx.graphs.rules.seen import Asks, Candidates, Memory, Seen, paired
 
-IDS, SHARES = "soft_ids", "soft_shares"  # [B, N, L, k] int32, f32: what a position is mixed of; shares 0: not mixed
+SOFT = "soft"  # [B, N, L, 2, k] f32: the ids that a position is mixed of, paired with their shares; 0: not mixed
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Merge:
     renormalise: bool = True
 
     def memory(self, L: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {IDS: ((L, 2), torch.int32), SHARES: ((L, 2), torch.float32)}
+        return {SOFT: ((L, 2, 2), torch.float32)}
 
     def keep(self, c: Candidates, w: Seen, tok: Tensor, whole: Tensor) -> Memory:
         mixed = w.live & (tok == c.tok) & ~whole[..., None]
         share = torch.where(mixed[..., None], torch.stack((c.conf, 1 - c.conf), -1), 0.0)
-        return {IDS: torch.stack((tok, torch.full_like(tok, w.mask)), -1), SHARES: share}
+        return {SOFT: paired(torch.stack((tok, torch.full_like(tok, w.mask)), -1), share)}
 
     def __call__(self, embed: Callable[[Tensor], Tensor], tok: Tensor, mem: Memory) -> Tensor:
-        share, hard = mem[SHARES], embed(tok)
-        each = embed(mem[IDS].flatten(1)).float().unflatten(1, (-1, 2))
+        (ids, share), hard = mem[SOFT].unbind(-2), embed(tok)
+        each = embed(ids.int().flatten(1)).float().unflatten(1, (-1, 2))
         soft = (share[..., None] * each).sum(-2)
         if self.renormalise:
             norm = (share * each.norm(dim=-1)).sum(-1) / soft.norm(dim=-1).clamp_min(1e-12)
@@ -72,16 +72,16 @@ class Smooth:
         return Asks(k=self.k)
 
     def memory(self, L: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {IDS: ((L, self.k), torch.int32), SHARES: ((L, self.k), torch.float32)}
+        return {SOFT: ((L, 2, self.k), torch.float32)}
 
     def keep(self, c: Candidates, w: Seen, tok: Tensor, whole: Tensor) -> Memory:
         assert c.top is not None and c.likely is not None and w.age is not None, "the step gives what asks says"
         mixed = w.live & ((tok == w.mask) == (self.of == "masks")) & ~whole[..., None]
         weight = (self.first + self.growth * w.age.float()).clamp_max(self.weight)[:, None, None, None]
         share = torch.where(mixed[..., None] & (c.top >= 0), weight * c.likely, 0.0)
-        return {IDS: c.top.clamp_min(0), SHARES: share}
+        return {SOFT: paired(c.top.clamp_min(0), share)}
 
     def __call__(self, embed: Callable[[Tensor], Tensor], tok: Tensor, mem: Memory) -> Tensor:
-        hard = embed(tok)
-        each = embed(mem[IDS].flatten(1)).float().unflatten(1, (-1, self.k))
-        return hard + (mem[SHARES][..., None] * each).sum(-2).to(hard.dtype)
+        (ids, share), hard = mem[SOFT].unbind(-2), embed(tok)
+        each = embed(ids.int().flatten(1)).float().unflatten(1, (-1, self.k))
+        return hard + (share[..., None] * each).sum(-2).to(hard.dtype)

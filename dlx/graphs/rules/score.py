@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlx.graphs.rules.seen import Asks, Candidates, Memory, Seen
+from dlx.graphs.rules.seen import Asks, Candidates, Memory, Seen, paired
 
-IDS, SUMS = "credit_ids", "credit_sums"  # [B, N, L, slots] int32 (id + 1; 0: free), f32
+HELD = "credit"  # [B, N, L, 2, slots] f32: ids (+ 1; 0: free) paired with their sums
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,16 @@ class Credit:
         return Asks(k=self.k)
 
     def memory(self, L: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {IDS: ((L, self.slots), torch.int32), SUMS: ((L, self.slots), torch.float32)}
+        return {HELD: ((L, 2, self.slots), torch.float32)}
 
     def keep(self, c: Candidates, w: Seen, tok: Tensor, whole: Tensor) -> Memory:
-        ids, sums = self._credit(c, w)
-        return {IDS: ids, SUMS: sums}
+        return {HELD: paired(*self._credit(c, w))}
 
     def _credit(self, c: Candidates, w: Seen) -> tuple[Tensor, Tensor]:
         """Ids and sums [B, N, L, slots] with this forward's credit; its likeliest id takes the place of the least."""
         assert c.top is not None and c.likely is not None, "the step gives what asks says"
-        ids, sums = w.mem[IDS], self.beta * w.mem[SUMS]
-        best, p = c.top[..., :1] + 1, c.likely[..., :1]
+        ids, sums = w.mem[HELD][..., 0, :], self.beta * w.mem[HELD][..., 1, :]
+        best, p = (c.top[..., :1] + 1).float(), c.likely[..., :1]
         has = ids == best
         least = torch.arange(self.slots, device=ids.device) == sums.argmin(-1, keepdim=True)
         at = torch.where(has.any(-1, keepdim=True), has, least) & w.todo[..., None]
@@ -64,7 +63,7 @@ class Credit:
     def __call__(self, c: Candidates, w: Seen) -> Candidates:
         assert c.top is not None and c.likely is not None and w.temp is not None, "the step gives what asks says"
         ids, sums = self._credit(c, w)
-        mine = c.top[..., :, None] + 1 == ids[..., None, :]
+        mine = (c.top[..., :, None] + 1).float() == ids[..., None, :]
         C = torch.where(mine, sums[..., None, :], 0.0).sum(-1)
         warm = (w.temp > 0)[:, None, None]
         power = self.alpha / torch.where(w.temp > 0, w.temp, 1.0)[:, None, None, None]

@@ -123,6 +123,11 @@ class Embed(Protocol):
     def __call__(self, embed: Callable[[Tensor], Tensor], tok: Tensor, mem: Memory) -> Tensor: ...
 
 
+def paired(ids: Tensor, values: Tensor) -> Tensor:
+    """[..., k] int32 and f32 → [..., 2, k] f32, which tells ids apart below 2²⁴: a step moves one tensor, not two."""
+    return torch.where(torch.arange(2, device=ids.device)[:, None] == 0, ids[..., None, :], values[..., None, :])
+
+
 def rank(conf: Tensor) -> Tensor:
     """[..., L] → int [..., L]: how many positions are surer; ties go to the lower position."""
     if conf.shape[-1] > 256:  # L² comparisons are many then

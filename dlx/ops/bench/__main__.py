@@ -50,6 +50,7 @@ SUITES = {
     "linear": Suite(dense.linear, ("project", "accumulate")),
     "linear_fp8": Suite(dense.linear_fp8, ("project", "accumulate")),
     "candidates": Suite(dense.candidates, ("candidates",)),
+    "candidates_topk": Suite(dense.candidates_topk, ("candidates",)),
     "attention": Suite(paged.attention, ("attention",)),
     "attention_fp8": Suite(paged.attention_fp8, ("attention",)),
     "kv_store": Suite(paged.kv_store, ("kv_store",)),

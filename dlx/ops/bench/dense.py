@@ -20,6 +20,7 @@ from dlx.ops.op import Op
 
 LINEAR_ROWS = (4, 8, 16, 32, 64)
 HEAD_ROWS = (4, 32, 64, 128)
+TOP_ROWS, TOP = (4, 16, 32, 64), (1, 4, 8)  # rows, and how many of the likeliest ids a row lists
 E4M3_MAX = 448.0
 
 
@@ -42,6 +43,13 @@ def candidates(name: str) -> Iterator[Case]:
     """The LM head fused with the sampler, greedy."""
     for T in HEAD_ROWS:
         yield Case("candidates", name, "greedy", T, partial(_head, name, T))
+
+
+def candidates_topk(name: str) -> Iterator[Case]:
+    """The same with lists of the likeliest ids, as rules that mix or credit them ask, beside none."""
+    for T in TOP_ROWS:
+        for k in TOP:
+            yield Case("candidates_topk", name, f"k {k}", T, partial(_listed, name, T, k))
 
 
 class Inputs(NamedTuple):
@@ -84,23 +92,42 @@ def _matmul_fp8(name: str, one: Matmul, T: int, device: torch.device) -> Built:
     return Built(lambda i: op(*args[i]), others, n, op.cost(*args[0]))
 
 
+class Sampled(NamedTuple):
+    """A head's inputs; `args` are those of our op on one of its copies, greedy."""
+
+    h: Tensor
+    heads: list[Tensor]
+    rows: tuple[Tensor, ...]
+    V: int
+
+    @staticmethod
+    def of(name: str, T: int, device: torch.device) -> Sampled:
+        V, E = SHAPES[name].V, SHAPES[name].E
+        heads = [normal(device, V, E, scale=E**-0.5) for _ in range(copies(2 * V * E))]
+        at = torch.arange(T, device=device, dtype=torch.int32)
+        return Sampled(normal(device, T, E), heads, (torch.zeros(T, device=device), at.long(), at, at), V)
+
+    def args(self, i: int, *more: Any) -> tuple[Any, ...]:
+        return (self.h, self.heads[i], *self.rows, self.V - 1, self.V, *more)
+
+
 def _head(name: str, T: int, device: torch.device) -> Built:
-    shape = SHAPES[name]
-    V, E = shape.V, shape.E
-    n = copies(2 * V * E)
-    heads = [normal(device, V, E, scale=E**-0.5) for _ in range(n)]
-    h = normal(device, T, E)
-    at = torch.arange(T, device=device, dtype=torch.int32)
-    rows = (torch.zeros(T, device=device), at.long(), at, at)
-    op = OPS["candidates"]
+    x, op = Sampled.of(name, T, device), OPS["candidates"]
+    none = (0, False, 0.0, None, None, None)
     others: dict[str, Call] = {
-        "bare": lambda i: walk(h, heads[i], *rows, V - 1, 0, V, 0, False, 0.0, None, None, None, bare=True),
-        "cuBLAS": lambda i: F.linear(h, heads[i]),
-        "torch": lambda i: _eager(h, heads[i]),
+        "bare": lambda i: walk(x.h, x.heads[i], *x.rows, x.V - 1, 0, x.V, *none, bare=True),
+        "cuBLAS": lambda i: F.linear(x.h, x.heads[i]),
+        "torch": lambda i: _eager(x.h, x.heads[i]),
     }
-    return Built(lambda i: op(h, heads[i], *rows, V - 1, V), others, n, op.cost(h, heads[0], *rows, V - 1, V))
+    return Built(lambda i: op(*x.args(i)), others, len(x.heads), op.cost(*x.args(0)))
 
 
-def _eager(h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(name: str, T: int, k: int, device: torch.device) -> Built:
+    x, op = Sampled.of(name, T, device), OPS["candidates"]
+    others: dict[str, Call] = {"k 0": lambda i: op(*x.args(i)), "torch": lambda i: _eager(x.h, x.heads[i], k)}
+    return Built(lambda i: op(*x.args(i, k)), others, len(x.heads), op.cost(*x.args(0, k)))
+
+
+def _eager(h: Tensor, head: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """The head and a greedy sampler as torch has them: matmul, softmax in fp32, top-k."""
-    return torch.topk(F.linear(h, head).float().softmax(-1), 1)
+    return torch.topk(F.linear(h, head).float().softmax(-1), k)

@@ -22,6 +22,7 @@ from dlx.ops.op import launch_options, power_of_two, processors, shared_limit
 from dlx.ops.tuned import tuned
 
 PIECE_ELEMENTS = 8 * 32  # of a tile a warp draws for at a time
+SHORT = 16  # ids up to which a list takes few registers
 EMPTY = tl.constexpr(-(0x7F800001 << 32))  # packed(−inf, the id of nobody)
 
 
@@ -242,9 +243,10 @@ def fits(config: Launch, itemsize: int, limit: int) -> bool:
 def choose(T: int, ids: int, E: int, keep: int, itemsize: int, limit: int) -> Launch:
     """The configuration for T positions: the recorded one, or the default."""
     rows = power_of_two(T)
+    if rows <= 64 and keep <= SHORT:
+        keep = 0  # as without lists: larger tiles would hold copies of the rows, each read through L2 again
     if keep:
-        few = Launch(64, 64, 128, 1, 4, 6) if keep > 16 else Launch(64, 64, 128, 2, 4, 3)
-        default = few if rows <= 64 else Launch(128, 64, 64, 1, 8, 6)
+        default = Launch(64, 64, 128, 1, 4, 6) if rows <= 64 else Launch(128, 64, 64, 1, 8, 6)
     elif rows <= 32:
         default = Launch(max(16, rows), 64, 128, 2, 4, 4)
     elif rows == 64:
