@@ -25,18 +25,15 @@ from torch import Tensor
 def integers(selectors: tuple[int, ...], shift: int, mask: int) -> tl.constexpr:
     """Four bytes of a register in bf16: two of them for each selector of `prmt`. All is read before it is written."""
     n = len(selectors)
-    asm = [f".reg .b32 x<{n}>;"]
-    asm += [f"prmt.b32 x{i}, ${n}, 0, {selector:#x};" for i, selector in enumerate(selectors)]
-    asm += [f"shl.b32 x{i}, x{i}, {shift};" for i in range(n)]
-    asm += [f"and.b32 ${i}, x{i}, {mask:#x};" for i in range(n)]
-    return tl.constexpr("{\n" + "\n".join(asm) + "\n}")
+    asm = [f"prmt.b32 x{i}, ${n}, 0, {selector:#x};" for i, selector in enumerate(selectors)]
+    asm += [f"shl.b32 x{i}, x{i}, {shift};\nand.b32 ${i}, x{i}, {mask:#x};" for i in range(n)]
+    return tl.constexpr("\n".join(["{", f".reg .b32 x<{n}>;", *asm, "}"]))
 
 
 E4M3, E5M2 = (4, 0x87F087F0), (5, 0x8FE08FE0)
-IN_ORDER, FIRST, SECOND = (0x9180, 0xB3A2), (0xA280,), (0xB391,)  # neighbours; of each pair of bytes one
-FOUR, FOUR_E5M2 = integers(IN_ORDER, *E4M3), integers(IN_ORDER, *E5M2)
-EVEN, EVEN_E5M2 = integers(FIRST, *E4M3), integers(FIRST, *E5M2)
-ODD, ODD_E5M2 = integers(SECOND, *E4M3), integers(SECOND, *E5M2)
+FOUR, FOUR_E5M2 = (integers((0x9180, 0xB3A2), *kind) for kind in (E4M3, E5M2))  # in order
+EVEN, EVEN_E5M2 = (integers((0xA280,), *kind) for kind in (E4M3, E5M2))  # the first of each pair
+ODD, ODD_E5M2 = (integers((0xB391,), *kind) for kind in (E4M3, E5M2))
 KINDS = {torch.float8_e4m3fn: (tl.float8e4nv, 60), torch.float8_e5m2: (tl.float8e5, 56)}
 
 

@@ -19,7 +19,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dlx.ops.attention.fp8 import _halves, _whole
-from dlx.ops.attention.shapes import _lifted, _repeated, _turned, _ways
 from dlx.ops.attention.sums import _add_up, _joined
 
 
@@ -38,6 +37,27 @@ def _pages(table_ptr, j0, n, high, W, S: tl.constexpr, BN: tl.constexpr, CHECK: 
     if CHECK:
         return tl.load(table_ptr + slot, mask=here & (slot < W), other=-1)
     return tl.load(table_ptr + slot, mask=here, other=0)
+
+
+@triton.jit
+def _turned(k):
+    """The last two dims of [BN, D] or [WAYS, BN, D] exchanged."""
+    return tl.trans(k, 0, 2, 1) if len(k.shape) == 3 else tl.trans(k)
+
+
+@triton.jit
+def _repeated(x, TIMES: tl.constexpr):
+    """Each of x so many times."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], TIMES)), [x.shape[0] * TIMES])
+
+
+@triton.jit
+def _ways(x, WAYS: tl.constexpr):
+    """x once for each way, with a dim in front, if there are several."""
+    if WAYS > 1:
+        x = tl.expand_dims(x, 0)
+        x = tl.broadcast_to(x, (WAYS, x.shape[1], x.shape[2]) if len(x.shape) == 3 else (WAYS, x.shape[1]))
+    return x
 
 
 @triton.jit
@@ -95,27 +115,25 @@ def _attend(
             k = tl.load(kv)
             v = tl.load(kv + plane)
         if scales_ptr is not None:
+            owner = page + 0 * n
             if EACH:
-                after = _pages(table_ptr, j0 + BN, m, high, W, S, BN, CHECK)
-                if CHECK:
-                    some = tl.where((some < 0) | (some >= P), 0, some)
-                known = scales_ptr + some * G + g
-                real = None
-                if MASK:
+                owner = tl.where((some < 0) | (some >= P), 0, some) if CHECK else some
+                some = _pages(table_ptr, j0 + BN, m, high, W, S, BN, CHECK)
+            known = scales_ptr + owner * G + g
+            if MASK:
+                real = here
+                if EACH:
                     real = j0 + m < high
                     if hole0 is not None:
                         real = real & ((j0 + m < hole0) | (j0 + m + S > hole1))
-                k_scale = _repeated(tl.load(known, mask=real, other=0.0 if MASK else None), S)
-                v_scale = _repeated(tl.load(known + P * G, mask=real, other=0.0 if MASK else None), S)
-                some = after
-            elif MASK:
-                known = scales_ptr + (page + 0 * n) * G + g
-                k_scale = tl.load(known, mask=here, other=0.0)
-                v_scale = tl.load(known + P * G, mask=here, other=0.0)
+                k_scale = tl.load(known, mask=real, other=0.0)
+                v_scale = tl.load(known + P * G, mask=real, other=0.0)
             else:
-                known = scales_ptr + (page + 0 * n) * G + g
                 k_scale = tl.load(known)
                 v_scale = tl.load(known + P * G)
+            if EACH:
+                k_scale = _repeated(k_scale, S)
+                v_scale = _repeated(v_scale, S)
         if PAIRS:
             k, k_odd = _halves(k, FP8, q.dtype, LIFT, UPCAST)
             s = tl.dot(q, _turned(k), input_precision=PRECISION)
@@ -154,6 +172,14 @@ def _attend(
         top = new
         page = ahead
     return acc, odd, top, total
+
+
+@triton.jit
+def _lifted(q, LIFT: tl.constexpr, UPCAST: tl.constexpr):
+    """Queries as `_attend` takes them."""
+    if UPCAST:
+        q = q.to(tl.float32)
+    return (q * 2.0**LIFT).to(q.dtype) if LIFT else q
 
 
 @triton.jit
@@ -201,21 +227,15 @@ def _attention(
     high = tl.minimum(begin + (split + 1) * deep // n * BN, end)
     PAIRS: tl.constexpr = FP8 is not None and WAYS > 1
     q_at = q_ptr + at[:, None] * D
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    q_odd = None
+    WIDE: tl.constexpr = D // 2 if PAIRS else D
+    wide = tl.arange(0, WIDE) * (D // WIDE)
+    q = _ways(_lifted(tl.load(q_at + wide[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST), WAYS)
+    q_odd = q
     if PAIRS:
-        half = 2 * tl.arange(0, D // 2)
-        q = _lifted(tl.load(q_at + half[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST, WAYS)
-        q_odd = _lifted(tl.load(q_at + 1 + half[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST, WAYS)
-        acc = tl.zeros([BM, D // 2], tl.float32)
-    else:
-        q = _lifted(tl.load(q_at + d[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST, WAYS)
-        acc = tl.zeros([BM, D], tl.float32)
-    if WAYS > 1:
-        top = _ways(top, WAYS)
-        total = _ways(total, WAYS)
-        acc = _ways(acc, WAYS)
+        q_odd = _ways(_lifted(tl.load(q_at + 1 + wide[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST), WAYS)
+    top = _ways(tl.full([BM], float("-inf"), tl.float32), WAYS)
+    total = _ways(tl.zeros([BM], tl.float32), WAYS)
+    acc = _ways(tl.zeros([BM, WIDE], tl.float32), WAYS)
     odd = acc if PAIRS else top  # a function returns no None
     table_ptr = pages_ptr + b * W
     if FULL:
