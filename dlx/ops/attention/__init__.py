@@ -10,6 +10,7 @@ seen   [B, C]           int32  how many leading keys a query sees; 0 gives zeros
 first  [B, C]           int32  the first key it sees (a sliding window); None or below 0: from the first on
 hole   [B, 2]           int32  keys from hole[b, 0] to hole[b, 1] - 1 are seen by nobody (they are replaced elsewhere)
 scales [2, P, G]        f32    of fp8 pages, by page and head: value = stored · scale; None is 1
+                              (bf16 queries on a GPU read a NaN of fp8 as a large number, see `fp8.py`)
 →      [B, C, H, D]
 Work   4·Σ visible·H·D flops; reads the keys that a row sees, ·G·D·2 elements, once
 Raises ShapeError  shapes, dtypes, strides; e4m3 pages need sm_89

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false
 """The Triton kernel: one tile of queries against one stretch of a row's keys, and the sum over the stretches.
 
 A query row of a tile is (position, head of the group). Three things make it fast:
@@ -17,11 +18,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dlx.ops.attention.fp8 import _halves, _whole
+from dlx.ops.attention.sums import _add_up, _joined
+
 
 @triton.jit
-def _pages(table_ptr, j0, high, W, S: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
-    """The page of each of the keys j0 to j0 + BN - 1 below high: one number if the tile lies within a page."""
-    n = tl.arange(0, BN)
+def _pages(table_ptr, j0, n, high, W, S: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
+    """The page of each of the keys j0 + n, 0 ≤ n < BN, below high: one number if the tile lies within a page."""
     if S % BN == 0:
         slot = j0 // S
         here = j0 < high
@@ -37,22 +40,58 @@ def _pages(table_ptr, j0, high, W, S: tl.constexpr, BN: tl.constexpr, CHECK: tl.
 
 
 @triton.jit
+def _turned(k):
+    """The last two dims of [BN, D] or [WAYS, BN, D] exchanged."""
+    return tl.trans(k, 0, 2, 1) if len(k.shape) == 3 else tl.trans(k)
+
+
+@triton.jit
+def _repeated(x, TIMES: tl.constexpr):
+    """Each of x so many times."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], TIMES)), [x.shape[0] * TIMES])
+
+
+@triton.jit
+def _ways(x, WAYS: tl.constexpr):
+    """x once for each way, with a dim in front, if there are several."""
+    if WAYS > 1:
+        x = tl.expand_dims(x, 0)
+        x = tl.broadcast_to(x, (WAYS, x.shape[1], x.shape[2]) if len(x.shape) == 3 else (WAYS, x.shape[1]))
+    return x
+
+
+@triton.jit
 def _attend(
-    acc, top, total, q, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr, scale, W, P,
-    plane, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
+    acc, odd, top, total, q, q_odd, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr, scale,
+    W, P, plane, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, WAYS: tl.constexpr,
+    FP8: tl.constexpr, PAIRS: tl.constexpr, LIFT: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
     EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over keys low to high - 1 (low is a multiple of BN), continued: acc, top and total after them.
+    """Softmax over keys low to high - 1 (low is a multiple of BN), continued: acc, odd, top and total after them.
 
     MASK   some query may not see some key, or low to high is not a whole number of tiles
     first, hole0  None: there is no window, no hole
+    WAYS   acc, odd, top, total, q and q_odd have a dim of that size in front if it is above 1
+    FP8    dtype of the pages if it is fp8, else None; PAIRS: q and acc are of the even channels, q_odd and odd of the
+           others, else of no use; LIFT: see `fp8.py`; it is in scale and q, and comes to be in acc and total
     """
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    WIDE: tl.constexpr = D // 2 if PAIRS else D
+    # a scale a page, not a key: a thread of a matmul holds many keys, and Triton 3.6 has it load the scale of each
+    EACH: tl.constexpr = scales_ptr is not None and WAYS == 1 and BN % S == 0 and BN > S
     n = tl.arange(0, BN)
-    d = tl.arange(0, D)
-    page = _pages(table_ptr, low, high, W, S, BN, CHECK)
+    if WAYS > 1:
+        n = tl.reshape(n, [WAYS, BN // WAYS])
+    d = tl.arange(0, WIDE)
+    page = _pages(table_ptr, low, n, high, W, S, BN, CHECK)
+    m = n
+    some = page
+    if EACH:
+        m = tl.arange(0, BN // S) * S
+        some = _pages(table_ptr, low, m, high, W, S, BN, CHECK)
     for j0 in range(low, high, BN):
         j = j0 + n
-        ahead = _pages(table_ptr, j0 + BN, high, W, S, BN, CHECK)
+        ahead = _pages(table_ptr, j0 + BN, n, high, W, S, BN, CHECK)
         if CHECK:
             wrong = (page < 0) | (page >= P) | (n < 0)
             page = tl.where((page < 0) | (page >= P), 0, page)
@@ -62,104 +101,85 @@ def _attend(
             inner = n % S
         else:
             inner = j % S
-        at = page.to(tl.int64) * (S * G * D) + inner * (G * D) + g * D
-        kv = kv_ptr + at[:, None] + d[None, :]
+        at = page.to(tl.int64) * (S * G * WIDE) + inner * (G * WIDE) + g * WIDE
+        kv = kv_ptr + tl.expand_dims(at, -1) + d
         if MASK:
             here = j < high
             if first is not None:
                 here = here & (j >= edge)
             if hole0 is not None:
                 here = here & ((j < hole0) | (j >= hole1))
-            k = tl.load(kv, mask=here[:, None], other=0.0)
-            v = tl.load(kv + plane, mask=here[:, None], other=0.0)
+            k = tl.load(kv, mask=tl.expand_dims(here, -1), other=0)
+            v = tl.load(kv + plane, mask=tl.expand_dims(here, -1), other=0)
         else:
             k = tl.load(kv)
             v = tl.load(kv + plane)
         if scales_ptr is not None:
-            known = scales_ptr + (page + 0 * n) * G + g
+            owner = page + 0 * n
+            if EACH:
+                owner = tl.where((some < 0) | (some >= P), 0, some) if CHECK else some
+                some = _pages(table_ptr, j0 + BN, m, high, W, S, BN, CHECK)
+            known = scales_ptr + owner * G + g
             if MASK:
-                k_scale = tl.load(known, mask=here, other=0.0)
-                v_scale = tl.load(known + P * G, mask=here, other=0.0)
+                real = here
+                if EACH:
+                    real = j0 + m < high
+                    if hole0 is not None:
+                        real = real & ((j0 + m < hole0) | (j0 + m + S > hole1))
+                k_scale = tl.load(known, mask=real, other=0.0)
+                v_scale = tl.load(known + P * G, mask=real, other=0.0)
             else:
                 k_scale = tl.load(known)
                 v_scale = tl.load(known + P * G)
-        if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
+            if EACH:
+                k_scale = _repeated(k_scale, S)
+                v_scale = _repeated(v_scale, S)
+        if PAIRS:
+            k, k_odd = _halves(k, FP8, q.dtype, LIFT, UPCAST)
+            s = tl.dot(q, _turned(k), input_precision=PRECISION)
+            s = tl.dot(q_odd, _turned(k_odd), s, input_precision=PRECISION)
         else:
-            k = k.to(q.dtype)
-            v = v.to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee" if EXACT else "tf32")
+            k = _whole(k, FP8, q.dtype, LIFT, UPCAST)
+            s = tl.dot(q, _turned(k), input_precision=PRECISION)
         if scales_ptr is not None:
-            s = s * k_scale[None, :]
+            s = s * tl.expand_dims(k_scale, -2)
         if MASK:
-            visible = here[None, :] & (j[None, :] < seen[:, None])
+            visible = tl.expand_dims(here, -2) & (tl.expand_dims(j, -2) < seen[:, None])
             if first is not None:
-                visible = visible & (j[None, :] >= first[:, None])
+                visible = visible & (tl.expand_dims(j, -2) >= first[:, None])
             s = tl.where(visible, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1) * scale)
+        new = tl.maximum(top, tl.max(s, -1) * scale)
         base = tl.where(new == float("-inf"), 0.0, new) if MASK else new  # -inf: a row that sees nothing yet
-        p = tl.exp2(s * scale - base[:, None])
+        p = tl.exp2(s * scale - tl.expand_dims(base - LIFT, -1))
         fade = tl.exp2(top - base)
         if CHECK:
             if MASK:
-                p = tl.where(wrong[None, :] & visible, float("nan"), p)
+                p = tl.where(tl.expand_dims(wrong, -2) & visible, float("nan"), p)
             else:
-                p = tl.where(wrong[None, :], float("nan"), p)
-        total = total * fade + tl.sum(p, 1)
+                p = tl.where(tl.expand_dims(wrong, -2), float("nan"), p)
+        total = total * fade + tl.sum(p, -1)
         if scales_ptr is not None:
-            p = p * v_scale[None, :]
-        acc = acc * fade[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee" if EXACT else "tf32")
+            p = p * tl.expand_dims(v_scale, -2)
+        p = p.to(q.dtype)
+        fade = tl.expand_dims(fade, -1)
+        if PAIRS:
+            v, v_odd = _halves(v, FP8, q.dtype, LIFT, UPCAST)
+            acc = tl.dot(p, v, acc * fade, input_precision=PRECISION)
+            odd = tl.dot(p, v_odd, odd * fade, input_precision=PRECISION)
+        else:
+            v = _whole(v, FP8, q.dtype, LIFT, UPCAST)
+            acc = tl.dot(p, v, acc * fade, input_precision=PRECISION)
         top = new
         page = ahead
-    return acc, top, total
+    return acc, odd, top, total
 
 
 @triton.jit
-def _add_up(
-    part_ptr, stat_ptr, out_ptr, lock_ptr, arrived, split, n, tile, b, g, C, stats,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    WAIT: tl.constexpr,
-):  # fmt: skip
-    """This program's share of the sum over n stretches, MOST at most, once all are there."""
-    ROWS: tl.constexpr = (BM + MOST - 1) // MOST  # rows of a share
-    SHARES: tl.constexpr = BM // ROWS
-    i = tl.arange(0, MOST)[:, None]
-    d = tl.arange(0, D)[None, None, :]
-    begin = split
-    step = n
-    if WAIT:
-        if split < SHARES:
-            while tl.atomic_add(lock_ptr, 0, sem="acquire") < n:
-                pass
-    else:
-        begin = tl.where(arrived == n - 1, 0, SHARES)
-        step = 1
-    for share in range(begin, SHARES, step):
-        row = tile * BM + share * ROWS + tl.arange(0, ROWS)
-        c = row // GROUP
-        ok = c < C
-        at = (b * C + c) * (G * GROUP) + g * GROUP + row % GROUP
-        part = at[None, :] * SPLITS + i  # [MOST, ROWS]
-        real = ok[None, :] & (i < n)
-        # all loads before the first use: one round trip
-        top = tl.load(stat_ptr + part, mask=real, other=float("-inf"), cache_modifier=".cg")
-        total = tl.load(stat_ptr + stats + part, mask=real, other=0.0, cache_modifier=".cg")
-        each = tl.load(part_ptr + part[:, :, None] * D + d, mask=real[:, :, None], other=0.0, cache_modifier=".cg")
-        best = tl.max(top, 0)
-        w = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
-        total = tl.sum(w * total, 0)
-        out = tl.sum(w[:, :, None] * each, 0) / tl.where(total > 0, total, 1.0)[:, None]
-        out_at = out_ptr + at[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=ok[:, None])
-    # whoever leaves last, leaves the lock as it was
-    if WAIT:
-        if split < SHARES:  # noqa: SIM102  (`and` would add for all)
-            if tl.atomic_add(lock_ptr, 1, sem="acq_rel") == n + tl.minimum(n, SHARES) - 1:
-                tl.store(lock_ptr, 0)
-    else:
-        tl.store(lock_ptr, 0, mask=arrived == n - 1)
+def _lifted(q, LIFT: tl.constexpr, UPCAST: tl.constexpr):
+    """Queries as `_attend` takes them."""
+    if UPCAST:
+        q = q.to(tl.float32)
+    return (q * 2.0**LIFT).to(q.dtype) if LIFT else q
 
 
 @triton.jit
@@ -167,8 +187,9 @@ def _attention(
     q_ptr, kv_ptr, pages_ptr, seen_ptr, first_ptr, hole_ptr, scales_ptr, out_ptr, part_ptr, stat_ptr, lock_ptr,
     scale_log2, C, W, P, plane, stats,
     G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, FULL: tl.constexpr, WAIT: tl.constexpr, CHECK: tl.constexpr, PDL: tl.constexpr,
-    EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, WAYS: tl.constexpr, FULL: tl.constexpr, FP8: tl.constexpr, LIFT: tl.constexpr,
+    WAIT: tl.constexpr, CHECK: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -198,18 +219,24 @@ def _attention(
         hole0 = tl.load(hole_ptr + 2 * b)
         hole1 = tl.load(hole_ptr + 2 * b + 1)
     begin = edge // BN * BN
-    span = tl.maximum(tl.cdiv(tl.cdiv(end - begin, SPLITS), BN), 1) * BN
-    n = tl.maximum(tl.cdiv(end - begin, span), 1)  # stretches; a tile without keys has one, which writes zeros
+    deep = tl.cdiv(end - begin, BN)  # tiles of keys
+    n = tl.maximum(tl.minimum(deep, SPLITS), 1)  # stretches; a tile without keys has one, which writes zeros
     if split >= n:
         return
-    low = begin + split * span
-    high = tl.minimum(low + span, end)
-    q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=ok[:, None], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
+    low = begin + split * deep // n * BN
+    high = tl.minimum(begin + (split + 1) * deep // n * BN, end)
+    PAIRS: tl.constexpr = FP8 is not None and WAYS > 1
+    q_at = q_ptr + at[:, None] * D
+    WIDE: tl.constexpr = D // 2 if PAIRS else D
+    wide = tl.arange(0, WIDE) * (D // WIDE)
+    q = _ways(_lifted(tl.load(q_at + wide[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST), WAYS)
+    q_odd = q
+    if PAIRS:
+        q_odd = _ways(_lifted(tl.load(q_at + 1 + wide[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST), WAYS)
+    top = _ways(tl.full([BM], float("-inf"), tl.float32), WAYS)
+    total = _ways(tl.zeros([BM], tl.float32), WAYS)
+    acc = _ways(tl.zeros([BM, WIDE], tl.float32), WAYS)
+    odd = acc if PAIRS else top  # a function returns no None
     table_ptr = pages_ptr + b * W
     if FULL:
         # [low, near) and [far, high) need masks; what is between is seen by all that sees anything
@@ -221,19 +248,28 @@ def _attention(
         if first_ptr is not None:
             near = tl.cdiv(tl.max(tl.where(live, tl.maximum(first, 0), 0), 0), BN) * BN
             near = tl.minimum(tl.maximum(near, low), far)
-            acc, top, total = _attend(
-                acc, top, total, q, seen, first, low, near, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr,
-                scale_log2, W, P, plane, G, S, D, BN, True, CHECK, EXACT, UPCAST,
+            acc, odd, top, total = _attend(
+                acc, odd, top, total, q, q_odd, seen, first, low, near, edge, hole0, hole1, g, table_ptr, kv_ptr,
+                scales_ptr, scale_log2, W, P, plane, G, S, D, BN, WAYS, FP8, PAIRS, LIFT, True, CHECK, EXACT, UPCAST,
             )  # fmt: skip
-        acc, top, total = _attend(
-            acc, top, total, q, seen, first, near, far, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr,
-            scale_log2, W, P, plane, G, S, D, BN, False, CHECK, EXACT, UPCAST,
+        acc, odd, top, total = _attend(
+            acc, odd, top, total, q, q_odd, seen, first, near, far, edge, hole0, hole1, g, table_ptr, kv_ptr,
+            scales_ptr, scale_log2, W, P, plane, G, S, D, BN, WAYS, FP8, PAIRS, LIFT, False, CHECK, EXACT, UPCAST,
         )  # fmt: skip
         low = far
-    acc, top, total = _attend(
-        acc, top, total, q, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr,
-        scale_log2, W, P, plane, G, S, D, BN, True, CHECK, EXACT, UPCAST,
+    acc, odd, top, total = _attend(
+        acc, odd, top, total, q, q_odd, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr,
+        scales_ptr, scale_log2, W, P, plane, G, S, D, BN, WAYS, FP8, PAIRS, LIFT, True, CHECK, EXACT, UPCAST,
     )  # fmt: skip
+    if WAYS > 1:
+        if PAIRS:
+            odd, _, _ = _joined(odd, top, total)
+        acc, top, total = _joined(acc, top, total)
+    if PAIRS:
+        acc = tl.reshape(tl.join(acc, odd), [BM, D])
+    if LIFT:
+        acc = acc * 2.0**LIFT
+        total = total * 0.5**LIFT
     if FULL:  # queries that see nothing took part where there are no masks
         top = tl.where(live, top, float("-inf"))
         total = tl.where(live, total, 0.0)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlx.ops.attention.fp8 import fp8
 from dlx.ops.attention.kernels import _attention
 from dlx.ops.op import DEBUG, launch_options, locks, need, power_of_two, processors, shared_limit
 from dlx.ops.tuned import tuned
@@ -20,7 +21,7 @@ LOG2_E = 1.4426950408889634
 
 class Launch(NamedTuple):
     """A launch configuration: query rows and keys a tile, splits of the keys, warps, pipeline stages; full: tiles of
-    keys that all queries see have a loop of their own, without masks."""
+    keys that all queries see have a loop of their own, without masks; apart: each warp takes keys of its own."""
 
     BM: int
     BN: int
@@ -28,14 +29,18 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     full: bool = False
+    apart: bool = False
 
 
 def shared_bytes(config: Launch, D: int, q_bytes: int, kv_bytes: int, wgmma: bool) -> int:
     """Shared memory that a program takes at most: queries, weights, and the buffers of keys and values."""
     BM, BN = config.BM, config.BN
     buffers = config.stages if wgmma and BM >= 64 else max(1, config.stages - 1)
-    converted = 0 if kv_bytes == q_bytes else 2 * BN * D * q_bytes
-    return BM * (D + BN) * q_bytes + 2 * buffers * BN * D * kv_bytes + converted + 2048
+    fp8 = kv_bytes < q_bytes
+    keys = 2 * buffers * BN * (D * kv_bytes + 4 * fp8) + 2048  # 4: a scale
+    if config.apart:
+        return config.warps * BM * D * 4 + keys
+    return BM * (D + BN) * q_bytes + keys + 2 * BN * D * q_bytes * fp8
 
 
 @cache
@@ -49,6 +54,7 @@ def choose(
     wgmma = shared >= WGMMA_BYTES
     sizes = D, q_bytes, kv_bytes, wgmma
     rows = C * (H // G)
+    fp8 = kv_bytes < q_bytes == 2
     widest = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64}.get(D, 32)
     BM = min(widest if wgmma else min(widest, 64), max(16, power_of_two(rows)))
     BN = 32 if D > 256 or (not wgmma and BM == 64) else max(16, min(64, 8192 // D))
@@ -57,28 +63,31 @@ def choose(
         BM = 16
     elif not alone and keys <= SHORT and B * G * -(-rows // 16) * (5 if 2 * keys <= SHORT else 3) >= processors:
         BM, BN, alone = 16, min(128, 16384 // D), True
-    elif not alone:
+    elif not alone and not (fp8 and wgmma):  # fp8 is converted once a program: few of them, with many rows
         BM = min(BM, 64)
+    apart = fp8 and BM == 16 and D <= 128
+    BN = 128 if apart else BN
 
     def fits(config: Launch) -> bool:
         splits = config.splits == power_of_two(config.splits) <= min(MOST_SPLITS, processors)
-        return splits and min(config.BM, config.BN) >= 16 and shared_bytes(config, *sizes) <= shared
+        n = config.BN // config.warps if config.apart else config.BN
+        return splits and min(config.BM, n) >= 16 and shared_bytes(config, *sizes) <= shared
 
     def warps(m: int, n: int) -> int:
-        return 8 if m * D >= 128 * 128 or D > 256 else 2 if m == 16 and n <= 64 and not alone else 4
+        return 8 if m * D >= 128 * 128 or D > 256 else 2 if m == 16 and n <= 64 and not (alone or apart) else 4
 
     smaller = [
-        Launch(m, n, 1, warps(m, n), stages)
+        Launch(m, n, 1, warps(m, n), stages, apart=apart)
         for m in (BM, BM // 2, BM // 4)
         for n in (BN, BN // 2, BN // 4)
         for stages in ((4, 3, 2) if BM <= 32 and n <= 64 else (3, 2))
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
     programs = B * G * -(-rows // config.BM)
-    room = 1 if alone else 2 * processors
+    room = 1 if alone else processors if fp8 and config.warps == 8 else 2 * processors
     most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs)
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
-    config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128))
+    config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))
     return tuned("attention", (rows, B * G, D, power_of_two(keys), q_bytes, kv_bytes), config, fits)
 
 
@@ -123,10 +132,14 @@ def launch(
         part = torch.empty(B, C, H, splits, D, device=q.device, dtype=torch.float32)
         stat = torch.empty(2, B, C, H, splits, device=q.device, dtype=torch.float32)
     pdl, options = launch_options(q)
+    kind, lifted = fp8(kv, q)
+    # bytes for integers to work on, or two at once; Triton would have fp8 cast first and moved then
+    numbers = kv if kind is None else kv.view(torch.int16 if config.apart else torch.uint8)
     _attention[(tiles * splits, G, B)](
-        q, kv, pages, seen, first, hole, scales, out, part, stat, lock,
-        scale * LOG2_E, C, pages.shape[1], P, kv.stride(0), stat.stride(0),
-        G, H // G, S, D, config.BM, config.BN, splits, config.full, q.is_cuda, DEBUG, pdl,
-        q.dtype == torch.float32, not q.is_cuda, num_warps=config.warps, num_stages=config.stages, **options,
+        q, numbers, pages, seen, first, hole, scales, out, part, stat, lock,
+        scale * LOG2_E * 2.0**lifted, C, pages.shape[1], P, numbers.stride(0), stat.stride(0),
+        G, H // G, S, D, config.BM, config.BN, splits, config.warps if config.apart else 1, config.full, kind, lifted,
+        q.is_cuda, DEBUG, pdl, q.dtype == torch.float32, not q.is_cuda,
+        num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out
