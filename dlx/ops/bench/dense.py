@@ -84,12 +84,16 @@ def _matmul_fp8(name: str, one: Matmul, T: int, device: torch.device) -> Built:
     x, bias, arguments, op = _inputs(name, one, T, device)
     n = copies(one.N * one.K)
     wide = [normal(device, one.N, one.K, scale=one.K**-0.5) for _ in range(n)]
-    scales = [w.abs().amax(1).float() / E4M3_MAX for w in wide]
-    narrow = [(w / s[:, None]).to(torch.float8_e4m3fn) for w, s in zip(wide, scales, strict=True)]
-    args = [arguments(w, s) for w, s in zip(narrow, scales, strict=True)]
+    args = [arguments(*in_fp8(w)) for w in wide]
     plain = [arguments(w, None) for w in wide]
     others: dict[str, Call] = {"bf16": lambda i: op(*plain[i]), "cuBLAS bf16": lambda i: F.linear(x, wide[i], bias)}
     return Built(lambda i: op(*args[i]), others, n, op.cost(*args[0]))
+
+
+def in_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [N, K], scale [N] f32) of a weight [N, K]."""
+    scale = weight.abs().amax(1).float() / E4M3_MAX
+    return (weight / scale[:, None]).to(torch.float8_e4m3fn), scale
 
 
 class Sampled(NamedTuple):
