@@ -62,7 +62,7 @@ class Worker:
         self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
         last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
         # a prompt that sees itself whole is one forward, and so is a sequence
-        most = 256 if config.batch_invariant else 2048  # 256 cost about what reading the weights does
+        most = 256 if config.batch_invariant else 2048  # one size for all prompts: a short one pays for it whole
         chunk = sizes.max_len if self.policy.full or turn is not None else min(most, config.max_num_batched_tokens)
         self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
         self._flights: deque[flight.Flight] = deque()

@@ -29,7 +29,7 @@ def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048, invariant:
     C = -(-min(64, max_len) // L) * L
     longest = -(-min(chunk, max_len) // C) * C
     tokens = [C]
-    while tokens[-1] < longest:  # few rows cost as much as 256: the weights are read once
+    while tokens[-1] < longest:  # 128 would cost nearly what 256 do: the weights are read for either
         tokens.append(min((4 if tokens[-1] == C else 2) * tokens[-1], longest))
     least = -1 if invariant else 0
     return Shapes(tuple(rows[least:]), tuple(tokens[least:]), C, S, -(-max_len // S))
