@@ -7,37 +7,24 @@ import torch
 import triton.language as tl
 
 from dlx.ops.attention import fp8
-from dlx.ops.attention.fp8 import EVEN, EVEN_E5M2, FOUR, FOUR_E5M2, KINDS, ODD, ODD_E5M2
+from dlx.ops.attention.fp8 import FOUR, FOUR_E5M2, KINDS
 from tests.instructions import executed
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-@pytest.mark.parametrize(
-    ("asm", "outputs", "places", "dtype"),
-    [
-        (FOUR, 2, [0, 1, 2, 3], E4M3),
-        (EVEN, 1, [0, 2], E4M3),
-        (ODD, 1, [1, 3], E4M3),
-        (FOUR_E5M2, 2, [0, 1, 2, 3], E5M2),
-        (EVEN_E5M2, 1, [0, 2], E5M2),
-        (ODD_E5M2, 1, [1, 3], E5M2),
-    ],
-    ids=["four", "even", "odd", "four e5m2", "even e5m2", "odd e5m2"],
-)
-def test_every_fp8_number_is_what_torch_makes_of_it_times_a_power(
-    asm: tl.constexpr, outputs: int, places: list[int], dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("asm", "dtype"), [(FOUR, E4M3), (FOUR_E5M2, E5M2)], ids=["e4m3", "e5m2"])
+def test_every_fp8_number_is_what_torch_makes_of_it_times_a_power(asm: tl.constexpr, dtype: torch.dtype) -> None:
     byte = torch.arange(256)
     row = torch.stack([(byte + 85 * i) % 256 for i in range(4)], -1)  # each byte in each place, beside others
     word = (row << 8 * torch.arange(4)).sum(-1)
     lift = KINDS[dtype][1]
-    got = executed(asm.value, outputs, word).double() * 4.0**lift
-    want = row[:, places].to(torch.uint8).view(dtype).double()
+    got = executed(asm.value, 2, word).double() * 4.0**lift
+    want = row.to(torch.uint8).view(dtype).double()
     assert torch.equal(got[want.isfinite()], want[want.isfinite()])
     least = 480 if dtype == E4M3 else 2**16
     assert (got[~want.isfinite()].abs() >= least).all()
-    assert torch.equal(got.signbit(), row[:, places] >= 128)
+    assert torch.equal(got.signbit(), row >= 128)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

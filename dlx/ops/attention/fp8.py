@@ -8,10 +8,6 @@ value · 2⁻¹²⁰ (e5m2: 2⁻¹¹²), for subnormals too. LIFT makes up for i
 half of that power, and the sums of products once more. So nothing overflows that is below 2⁶⁰, and a product that is
 lost, below 2⁻¹²⁶, would have been below 2⁻⁶⁶. NaN and infinity turn into numbers: ±480 from e4m3, ±2¹⁶ and
 up from e5m2.
-
-Where each warp takes keys of its own, two neighbours of a row are read as one int16. A matmul takes pairs of 16 bits
-from shared memory, K's as they lie and V's transposed; int16 come just so, without a byte that moves between threads.
-The even and the odd channels are then operands of their own: their scores add up, and their sums of values take turns.
 """
 
 from __future__ import annotations
@@ -31,9 +27,7 @@ def integers(selectors: tuple[int, ...], shift: int, mask: int) -> tl.constexpr:
 
 
 E4M3, E5M2 = (4, 0x87F087F0), (5, 0x8FE08FE0)
-FOUR, FOUR_E5M2 = (integers((0x9180, 0xB3A2), *kind) for kind in (E4M3, E5M2))  # in order
-EVEN, EVEN_E5M2 = (integers((0xA280,), *kind) for kind in (E4M3, E5M2))  # the first of each pair
-ODD, ODD_E5M2 = (integers((0xB391,), *kind) for kind in (E4M3, E5M2))
+FOUR, FOUR_E5M2 = (integers((0x9180, 0xB3A2), *kind) for kind in (E4M3, E5M2))
 KINDS = {torch.float8_e4m3fn: (tl.float8e4nv, 60), torch.float8_e5m2: (tl.float8e5, 56)}
 
 
@@ -63,20 +57,3 @@ def _whole(x, FP8: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr, UPCAST
         ASM: tl.constexpr = FOUR if tl.float8e4nv == FP8 else FOUR_E5M2
         wide = tl.inline_asm_elementwise(ASM, "=r,=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=4)
     return wide
-
-
-@triton.jit
-def _halves(x, FP8: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr, UPCAST: tl.constexpr):
-    """Pairs of fp8 in int16 as two tensors in DTYPE, of the first and of the second of each."""
-    if LIFT == 0:
-        even = (x & 255).to(tl.uint8).to(FP8, bitcast=True).to(DTYPE)
-        odd = (x >> 8).to(tl.uint8).to(FP8, bitcast=True).to(DTYPE)
-    elif UPCAST:
-        even = _made(x.to(tl.int32), FP8)
-        odd = _made(x.to(tl.int32) >> 8, FP8)
-    else:
-        A: tl.constexpr = EVEN if tl.float8e4nv == FP8 else EVEN_E5M2
-        B: tl.constexpr = ODD if tl.float8e4nv == FP8 else ODD_E5M2
-        even = tl.inline_asm_elementwise(A, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
-        odd = tl.inline_asm_elementwise(B, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
-    return even, odd

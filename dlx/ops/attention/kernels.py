@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dlx.ops.attention.fp8 import _halves, _whole
-from dlx.ops.attention.sums import _add_up, _joined
+from dlx.ops.attention.fp8 import _whole
+from dlx.ops.attention.sums import _add_up
 
 
 @triton.jit
@@ -40,49 +40,29 @@ def _pages(table_ptr, j0, n, high, W, S: tl.constexpr, BN: tl.constexpr, CHECK: 
 
 
 @triton.jit
-def _turned(k):
-    """The last two dims of [BN, D] or [WAYS, BN, D] exchanged."""
-    return tl.trans(k, 0, 2, 1) if len(k.shape) == 3 else tl.trans(k)
-
-
-@triton.jit
 def _repeated(x, TIMES: tl.constexpr):
     """Each of x so many times."""
     return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], TIMES)), [x.shape[0] * TIMES])
 
 
 @triton.jit
-def _ways(x, WAYS: tl.constexpr):
-    """x once for each way, with a dim in front, if there are several."""
-    if WAYS > 1:
-        x = tl.expand_dims(x, 0)
-        x = tl.broadcast_to(x, (WAYS, x.shape[1], x.shape[2]) if len(x.shape) == 3 else (WAYS, x.shape[1]))
-    return x
-
-
-@triton.jit
 def _attend(
-    acc, odd, top, total, q, q_odd, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr, scale,
-    W, P, plane, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, WAYS: tl.constexpr,
-    FP8: tl.constexpr, PAIRS: tl.constexpr, LIFT: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
-    EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    acc, top, total, q, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr, scale,
+    W, P, plane, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, FP8: tl.constexpr,
+    LIFT: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over keys low to high - 1 (low is a multiple of BN), continued: acc, odd, top and total after them.
+    """Softmax over keys low to high - 1 (low is a multiple of BN), continued: acc, top and total after them.
 
     MASK   some query may not see some key, or low to high is not a whole number of tiles
     first, hole0  None: there is no window, no hole
-    WAYS   acc, odd, top, total, q and q_odd have a dim of that size in front if it is above 1
-    FP8    dtype of the pages if it is fp8, else None; PAIRS: q and acc are of the even channels, q_odd and odd of the
-           others, else of no use; LIFT: see `fp8.py`; it is in scale and q, and comes to be in acc and total
+    FP8    dtype of the pages if it is fp8, else None; LIFT: see `fp8.py`; it is in scale and q, and comes to be in
+           acc and total
     """
     PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    WIDE: tl.constexpr = D // 2 if PAIRS else D
     # a scale a page, not a key: a thread of a matmul holds many keys, and Triton 3.6 has it load the scale of each
-    EACH: tl.constexpr = scales_ptr is not None and WAYS == 1 and BN % S == 0 and BN > S
+    EACH: tl.constexpr = scales_ptr is not None and BN % S == 0 and BN > S
     n = tl.arange(0, BN)
-    if WAYS > 1:
-        n = tl.reshape(n, [WAYS, BN // WAYS])
-    d = tl.arange(0, WIDE)
+    d = tl.arange(0, D)
     page = _pages(table_ptr, low, n, high, W, S, BN, CHECK)
     m = n
     some = page
@@ -101,7 +81,7 @@ def _attend(
             inner = n % S
         else:
             inner = j % S
-        at = page.to(tl.int64) * (S * G * WIDE) + inner * (G * WIDE) + g * WIDE
+        at = page.to(tl.int64) * (S * G * D) + inner * (G * D) + g * D
         kv = kv_ptr + tl.expand_dims(at, -1) + d
         if MASK:
             here = j < high
@@ -134,13 +114,7 @@ def _attend(
             if EACH:
                 k_scale = _repeated(k_scale, S)
                 v_scale = _repeated(v_scale, S)
-        if PAIRS:
-            k, k_odd = _halves(k, FP8, q.dtype, LIFT, UPCAST)
-            s = tl.dot(q, _turned(k), input_precision=PRECISION)
-            s = tl.dot(q_odd, _turned(k_odd), s, input_precision=PRECISION)
-        else:
-            k = _whole(k, FP8, q.dtype, LIFT, UPCAST)
-            s = tl.dot(q, _turned(k), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(_whole(k, FP8, q.dtype, LIFT, UPCAST)), input_precision=PRECISION)
         if scales_ptr is not None:
             s = s * tl.expand_dims(k_scale, -2)
         if MASK:
@@ -161,17 +135,11 @@ def _attend(
         if scales_ptr is not None:
             p = p * tl.expand_dims(v_scale, -2)
         p = p.to(q.dtype)
-        fade = tl.expand_dims(fade, -1)
-        if PAIRS:
-            v, v_odd = _halves(v, FP8, q.dtype, LIFT, UPCAST)
-            acc = tl.dot(p, v, acc * fade, input_precision=PRECISION)
-            odd = tl.dot(p, v_odd, odd * fade, input_precision=PRECISION)
-        else:
-            v = _whole(v, FP8, q.dtype, LIFT, UPCAST)
-            acc = tl.dot(p, v, acc * fade, input_precision=PRECISION)
+        v = _whole(v, FP8, q.dtype, LIFT, UPCAST)
+        acc = tl.dot(p, v, acc * fade[:, None], input_precision=PRECISION)
         top = new
         page = ahead
-    return acc, odd, top, total
+    return acc, top, total
 
 
 @triton.jit
@@ -187,7 +155,7 @@ def _attention(
     q_ptr, kv_ptr, pages_ptr, seen_ptr, first_ptr, hole_ptr, scales_ptr, out_ptr, part_ptr, stat_ptr, lock_ptr,
     scale_log2, C, W, P, plane, stats,
     G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, WAYS: tl.constexpr, FULL: tl.constexpr, FP8: tl.constexpr, LIFT: tl.constexpr,
+    SPLITS: tl.constexpr, FULL: tl.constexpr, FP8: tl.constexpr, LIFT: tl.constexpr,
     WAIT: tl.constexpr, CHECK: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -225,18 +193,10 @@ def _attention(
         return
     low = begin + split * deep // n * BN
     high = tl.minimum(begin + (split + 1) * deep // n * BN, end)
-    PAIRS: tl.constexpr = FP8 is not None and WAYS > 1
-    q_at = q_ptr + at[:, None] * D
-    WIDE: tl.constexpr = D // 2 if PAIRS else D
-    wide = tl.arange(0, WIDE) * (D // WIDE)
-    q = _ways(_lifted(tl.load(q_at + wide[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST), WAYS)
-    q_odd = q
-    if PAIRS:
-        q_odd = _ways(_lifted(tl.load(q_at + 1 + wide[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST), WAYS)
-    top = _ways(tl.full([BM], float("-inf"), tl.float32), WAYS)
-    total = _ways(tl.zeros([BM], tl.float32), WAYS)
-    acc = _ways(tl.zeros([BM, WIDE], tl.float32), WAYS)
-    odd = acc if PAIRS else top  # a function returns no None
+    q = _lifted(tl.load(q_ptr + at[:, None] * D + d[None, :], mask=ok[:, None], other=0.0), LIFT, UPCAST)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
     table_ptr = pages_ptr + b * W
     if FULL:
         # [low, near) and [far, high) need masks; what is between is seen by all that sees anything
@@ -248,25 +208,19 @@ def _attention(
         if first_ptr is not None:
             near = tl.cdiv(tl.max(tl.where(live, tl.maximum(first, 0), 0), 0), BN) * BN
             near = tl.minimum(tl.maximum(near, low), far)
-            acc, odd, top, total = _attend(
-                acc, odd, top, total, q, q_odd, seen, first, low, near, edge, hole0, hole1, g, table_ptr, kv_ptr,
-                scales_ptr, scale_log2, W, P, plane, G, S, D, BN, WAYS, FP8, PAIRS, LIFT, True, CHECK, EXACT, UPCAST,
+            acc, top, total = _attend(
+                acc, top, total, q, seen, first, low, near, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr,
+                scale_log2, W, P, plane, G, S, D, BN, FP8, LIFT, True, CHECK, EXACT, UPCAST,
             )  # fmt: skip
-        acc, odd, top, total = _attend(
-            acc, odd, top, total, q, q_odd, seen, first, near, far, edge, hole0, hole1, g, table_ptr, kv_ptr,
-            scales_ptr, scale_log2, W, P, plane, G, S, D, BN, WAYS, FP8, PAIRS, LIFT, False, CHECK, EXACT, UPCAST,
+        acc, top, total = _attend(
+            acc, top, total, q, seen, first, near, far, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr,
+            scale_log2, W, P, plane, G, S, D, BN, FP8, LIFT, False, CHECK, EXACT, UPCAST,
         )  # fmt: skip
         low = far
-    acc, odd, top, total = _attend(
-        acc, odd, top, total, q, q_odd, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr,
-        scales_ptr, scale_log2, W, P, plane, G, S, D, BN, WAYS, FP8, PAIRS, LIFT, True, CHECK, EXACT, UPCAST,
+    acc, top, total = _attend(
+        acc, top, total, q, seen, first, low, high, edge, hole0, hole1, g, table_ptr, kv_ptr, scales_ptr,
+        scale_log2, W, P, plane, G, S, D, BN, FP8, LIFT, True, CHECK, EXACT, UPCAST,
     )  # fmt: skip
-    if WAYS > 1:
-        if PAIRS:
-            odd, _, _ = _joined(odd, top, total)
-        acc, top, total = _joined(acc, top, total)
-    if PAIRS:
-        acc = tl.reshape(tl.join(acc, odd), [BM, D])
     if LIFT:
         acc = acc * 2.0**LIFT
         total = total * 0.5**LIFT

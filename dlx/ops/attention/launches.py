@@ -21,7 +21,7 @@ LOG2_E = 1.4426950408889634
 
 class Launch(NamedTuple):
     """A launch configuration: query rows and keys a tile, splits of the keys, warps, pipeline stages; full: tiles of
-    keys that all queries see have a loop of their own, without masks; apart: each warp takes keys of its own."""
+    keys that all queries see have a loop of their own, without masks."""
 
     BM: int
     BN: int
@@ -29,7 +29,6 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     full: bool = False
-    apart: bool = False
 
 
 def shared_bytes(config: Launch, D: int, q_bytes: int, kv_bytes: int, wgmma: bool) -> int:
@@ -38,8 +37,6 @@ def shared_bytes(config: Launch, D: int, q_bytes: int, kv_bytes: int, wgmma: boo
     buffers = config.stages if wgmma and BM >= 64 else max(1, config.stages - 1)
     fp8 = kv_bytes < q_bytes
     keys = 2 * buffers * BN * (D * kv_bytes + 4 * fp8) + 2048  # 4: a scale
-    if config.apart:
-        return config.warps * BM * D * 4 + keys
     return BM * (D + BN) * q_bytes + keys + 2 * BN * D * q_bytes * fp8
 
 
@@ -58,33 +55,36 @@ def choose(
     widest = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64}.get(D, 32)
     BM = min(widest if wgmma else min(widest, 64), max(16, power_of_two(rows)))
     BN = 32 if D > 256 or (not wgmma and BM == 64) else max(16, min(64, 8192 // D))
-    alone = B * G * -(-rows // BM) * 2 >= processors  # enough programs without splits
-    if not alone and rows <= 32:
-        BM = 16
-    elif not alone and keys <= SHORT and B * G * -(-rows // 16) * (5 if 2 * keys <= SHORT else 3) >= processors:
+    alone = many = B * G * -(-rows // BM) * 2 >= processors  # enough programs without splits
+    short = 0 if keys > SHORT else 5 if 2 * keys <= SHORT else 3 if rows > 32 else 0
+    if not many and B * G * -(-rows // 16) * short >= processors:
         BM, BN, alone = 16, min(128, 16384 // D), True
-    elif not alone and not (fp8 and wgmma):  # fp8 is converted once a program: few of them, with many rows
-        BM = min(BM, 64)
-    apart = fp8 and BM == 16 and D <= 128
-    BN = 128 if apart else BN
+    elif not many:
+        BM = 16 if rows <= 32 else min(BM, 64)
+    elif BM == 16 and not fp8:
+        BN = min(128, 16384 // D)
 
     def fits(config: Launch) -> bool:
         splits = config.splits == power_of_two(config.splits) <= min(MOST_SPLITS, processors)
-        n = config.BN // config.warps if config.apart else config.BN
-        return splits and min(config.BM, n) >= 16 and shared_bytes(config, *sizes) <= shared
+        return splits and min(config.BM, config.BN) >= 16 and shared_bytes(config, *sizes) <= shared
 
     def warps(m: int, n: int) -> int:
-        return 8 if m * D >= 128 * 128 or D > 256 else 2 if m == 16 and n <= 64 and not (alone or apart) else 4
+        return 8 if m * D >= 128 * 128 or D > 256 else 2 if m == 16 and n <= 64 and not (alone or fp8) else 4
+
+    def pipelines(m: int, n: int) -> tuple[int, ...]:
+        if n > 64 and many and m == 16:
+            return (2,)  # several programs a processor hide more than a deep pipeline of one
+        return (4, 3, 2) if m <= 32 and n <= 64 and not fp8 else (3, 2)
 
     smaller = [
-        Launch(m, n, 1, warps(m, n), stages, apart=apart)
+        Launch(m, n, 1, warps(m, n), stages)
         for m in (BM, BM // 2, BM // 4)
         for n in (BN, BN // 2, BN // 4)
-        for stages in ((4, 3, 2) if BM <= 32 and n <= 64 else (3, 2))
+        for stages in pipelines(m, n)
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
     programs = B * G * -(-rows // config.BM)
-    room = 1 if alone else processors if fp8 and config.warps == 8 else 2 * processors
+    room = 1 if alone else 2 * processors
     most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs)
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
     config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))
@@ -133,12 +133,12 @@ def launch(
         stat = torch.empty(2, B, C, H, splits, device=q.device, dtype=torch.float32)
     pdl, options = launch_options(q)
     kind, lifted = fp8(kv, q)
-    # bytes for integers to work on, or two at once; Triton would have fp8 cast first and moved then
-    numbers = kv if kind is None else kv.view(torch.int16 if config.apart else torch.uint8)
+    # bytes for integers to work on: Triton would have fp8 cast first and moved then
+    numbers = kv if kind is None else kv.view(torch.uint8)
     _attention[(tiles * splits, G, B)](
         q, numbers, pages, seen, first, hole, scales, out, part, stat, lock,
         scale * LOG2_E * 2.0**lifted, C, pages.shape[1], P, numbers.stride(0), stat.stride(0),
-        G, H // G, S, D, config.BM, config.BN, splits, config.warps if config.apart else 1, config.full, kind, lifted,
+        G, H // G, S, D, config.BM, config.BN, splits, config.full, kind, lifted,
         q.is_cuda, DEBUG, pdl, q.dtype == torch.float32, not q.is_cuda,
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip

@@ -1,17 +1,9 @@
-"""What several parts of a row's keys gave, in one: of the warps of a program, and of the programs of a row."""
+"""What several parts of a row's keys gave, in one."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _joined(acc, top, total):
-    """acc [ways, BM, D], top and total [ways, BM] of so many parts in one."""
-    best = tl.max(top, 0)
-    w = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
-    return tl.sum(acc * w[:, :, None], 0), best, tl.sum(total * w, 0)
 
 
 @triton.jit
