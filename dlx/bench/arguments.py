@@ -36,6 +36,7 @@ def add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=["fp8"], help="weights of the layers in fp8")
     parser.add_argument("--kv-cache-dtype", choices=list(KV_DTYPES), help="of K/V pages; else the model's")
     parser.add_argument("--batch-invariant", action="store_true", help="launches of one shape, whatever the batch")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="of prompts, that a launch prefills")
     parser.add_argument("--json", type=Path, help="write the record there")
 
 
@@ -68,7 +69,7 @@ def how(args: argparse.Namespace) -> How:
     """What `add_how` was given."""
     return How(
         args.graphs, args.device, args.dtype, args.forwards, args.unroll, args.quantization, args.kv_cache_dtype,
-        args.batch_invariant,
+        args.batch_invariant, args.max_num_batched_tokens,
     )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class How(NamedTuple):
     quantization: str | None = None
     kv_cache_dtype: str | None = None
     batch_invariant: bool = False
+    max_num_batched_tokens: int = 2048
 
 
 class Scene(NamedTuple):
@@ -97,6 +98,7 @@ class Scene(NamedTuple):
             folder, policy, how.graphs, how.device, how.dtype, load_format="dummy", max_num_seqs=rows,
             max_model_len=max_len, forwards=how.forwards, unroll=how.unroll, quantization=how.quantization,
             kv_cache_dtype=how.kv_cache_dtype, num_pages=pages, batch_invariant=how.batch_invariant,
+            max_num_batched_tokens=how.max_num_batched_tokens,
             prefix_caching=False,  # the same prompts are served again: to find their pages would measure another thing
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dlx.bench.scene import How, Scene
 
 # settings that a measurement takes
-HOW = ("graphs", "device", "dtype", "forwards", "unroll", "quantization", "kv_cache_dtype")
+HOW = ("graphs", "device", "dtype", "forwards", "unroll", "quantization", "kv_cache_dtype", "max_num_batched_tokens")
 MEASURED = flags(ENGINE, only=HOW)
 
 bench = App(name="bench", help="Measure speed with a model's shape and random weights; `dlx eval` measures quality.")

@@ -19,7 +19,7 @@ class Shapes(NamedTuple):
 
 
 def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048, invariant: bool = False) -> Shapes:
-    """Powers of two up to `slots` rows, and prefill chunks from 64 tokens to the longest prompt (`chunk` at most).
+    """Powers of two up to `slots` rows, and prefills from 64 tokens to the prompts of all rows (`chunk` at most).
 
     invariant  the last of each alone: launch configurations follow from shapes, so then none depends on the batch
     """
@@ -27,7 +27,7 @@ def plan(slots: int, max_len: int, L: int, S: int, chunk: int = 2048, invariant:
     while rows[-1] < slots:
         rows.append(min(2 * rows[-1], slots))
     C = -(-min(64, max_len) // L) * L
-    longest = -(-min(chunk, max_len) // C) * C
+    longest = -(-min(chunk, max_len if invariant else slots * max_len) // C) * C
     tokens = [C]
     while tokens[-1] < longest:  # 128 would cost nearly what 256 do: the weights are read for either
         tokens.append(min((4 if tokens[-1] == C else 2) * tokens[-1], longest))

@@ -17,8 +17,7 @@ def test_a_cold_start_makes_the_buckets_asked_for(nano: Path) -> None:
     record = startup(Scene(nano, 16, 64, 1, 4), CPU, [4, 1], 100, "single_bd", "python bench", starts=["cold"])
     cold = record["cold"]
     assert record["packed"] is None
-    # a prompt of 100 and four blocks behind it: prefill of 64 or of 192
-    assert list(cold["graphs_s"]) == ["prefill 192", "step 4", "step 1"]
+    assert list(cold["graphs_s"]) == ["prefill 256", "step 4", "step 1"]
     assert cold["ready_s"] > cold["imports_s"] > 0
     assert cold["ready_s"] >= cold["imports_s"] + sum(cold["graphs_s"].values())
     assert cold["weights_s"] > 0

@@ -18,6 +18,8 @@ def test_prefill_chunks_are_multiples_of_the_block_and_no_longer_than_the_longes
     assert plan(1, 4096, 16, 16).tokens == (64, 256, 512, 1024, 2048)
     assert plan(1, 100, 16, 16).tokens == (64, 128)
     assert plan(1, 20, 4, 16).tokens == (20,)
+    assert plan(32, 100, 16, 16).tokens == (64, 256, 512, 1024, 2048)  # several prompts share a forward
+    assert plan(32, 100, 16, 16, invariant=True).tokens == (128,)
     assert all(t % 24 == 0 for t in plan(1, 1000, 24, 24).tokens)
 
 
