@@ -41,6 +41,8 @@ class Pinned(NamedTuple):
     def of(scene: Scene, how: How, policy: Policy, most: int) -> Pinned:
         pages = scene.requests * (-(-most // scene.block) + 1)  # a page holds a block at least
         at = stand(scene.worker(how, most, policy, pages), scene)
+        if isinstance(at.key, tuple) and policy.turn is not None:
+            at.worker.sequences.want.fill_(at.key[2])  # random tokens of the first forward may want another scope
         return Pinned(at, [t.clone() for t in rows(at)])
 
     def restore(self) -> None:

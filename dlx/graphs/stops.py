@@ -69,11 +69,12 @@ def committed(
     why = torch.where(spent, MAX_NFE, RUNNING)
     why = torch.where(full, LENGTH, why)
     n = torch.where(full, reach, n)
+    stopped = stop < beyond
     if policy.max_repetition_run is not None:
         new, worn = repeated(new, tok, held, n, reach)
-        why = torch.where((worn < beyond) & (worn < stop), REPETITION, why)
+        stopped = stopped & (stop <= worn)
+        why = torch.where(worn < beyond, REPETITION, why)
         n = torch.where(worn < beyond, worn + 1, n)
-    stopped = (stop < beyond) & (why != REPETITION)
     why = torch.where(stopped, STOP, why)
     n = torch.where(stopped, stop + 1, n)
     return new, torch.where(bad, 0, n), torch.where(bad, BAD, why)

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from dlx import LLM, Policy, SamplingParams
+from dlx.bench.arguments import shape
+from dlx.bench.policies import Pinned
+from dlx.bench.scene import How, Scene
 from dlx.errors import PolicyError
 from dlx.graphs.policies import POLICIES
 from tests.graphs import own_rules
@@ -31,6 +34,16 @@ def test_captured_a_policy_decodes_as_eagerly(nano: Path, name: str) -> None:
         with LLM(nano, policy=ALL[name], graphs=graphs, **how) as llm:
             answers.append([(o.token_ids, o.nfe) for o in llm.generate(prompts, params)])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("block", [8, 16, 32])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_step_of_one_row_is_captured_at_any_block_length(name: str, block: int) -> None:
+    scene = Scene(shape("nano"), block, 64, 1, 2)
+    pinned = Pinned.of(scene, How(device="cuda"), CAUSAL[name], 64 + 8 * block)
+    before = int(pinned.at.worker.buf.age[0])
+    pinned.at.launch()
+    assert int(pinned.at.worker.buf.age[0]) == before + 1
 
 
 @pytest.mark.parametrize("rule", ["Reads", "Leaves", "LeavesOne", "Comes"])
