@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlx.bench.clock import between_ms, mark, spread, there, wait
-from dlx.bench.scene import How, Scene, Stand, stand
+from dlx.bench.clock import Replays, between_ms, mark, spread, there, wait
+from dlx.bench.scene import How, Scene, Stand, stand, taken
 from dlx.bench.trace import trace
 from dlx.config import bind
 from dlx.errors import PolicyError
@@ -41,14 +41,28 @@ class Pinned(NamedTuple):
     def of(scene: Scene, how: How, policy: Policy, most: int) -> Pinned:
         pages = scene.requests * (-(-most // scene.block) + 1)  # a page holds a block at least
         at = stand(scene.worker(how, most, policy, pages), scene)
-        if isinstance(at.key, tuple) and policy.turn is not None:
-            at.worker.sequences.want.fill_(at.key[2])  # random tokens of the first forward may want another scope
+        if policy.turn is not None:
+            at = narrowed(at, len(policy.turn.scopes) - 1)
         return Pinned(at, [t.clone() for t in rows(at)])
 
     def restore(self) -> None:
         """Put the rows back."""
         for t, kept in zip(rows(self.at), self.state, strict=True):
             t.copy_(kept)
+
+
+def narrowed(at: Stand, scope: int) -> Stand:
+    """The same requests at forwards of that scope: the last one of a policy is that of most forwards."""
+    for request in at.scheduler.running.values():
+        request.want = scope
+    at.worker.sequences.want.fill_(scope)
+    plan = at.scheduler.plan()
+    assert plan is not None  # requests run
+    with Replays(at.worker) as replays:
+        at.worker.launch(plan)
+    taken(at.worker, at.scheduler)
+    at.worker.sequences.want.fill_(scope)  # random tokens may have asked for another
+    return at._replace(key=replays.keys[-1])
 
 
 def rows(at: Stand) -> list[Tensor]:

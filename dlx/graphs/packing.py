@@ -26,11 +26,11 @@ ENOUGH = 256  # positions of a forward from which on packing is worth the kernel
 def seats(B: int, N: int, L: int) -> int | None:
     """Blocks that a forward of B rows computes; None where packing saves nothing.
 
-    N a row, and room for those that commit as well: every row's block after L / 2 forwards, at two tokens each, and an
-    eighth of the rows at least.
+    N a row, and room for those that commit as well: every row's block after L / 2 forwards, at two tokens each, and a
+    quarter of the rows at least: rows that were admitted together want to commit together.
     """
     most = B * (N + 1)
-    some = B * N + max(-(-B // 8), min(B, -(-2 * B // L)))
+    some = B * N + max(-(-B // 4), min(B, -(-2 * B // L)))
     return some if most * L >= ENOUGH and some < most else None
 
 

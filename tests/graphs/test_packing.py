@@ -60,7 +60,7 @@ def test_a_seat_holds_the_block_that_is_computed_there() -> None:
 @pytest.mark.parametrize(
     ("B", "N", "L", "want"),
     [
-        (1, 1, 32, None), (3, 1, 32, None), (4, 1, 32, 5), (5, 1, 32, 6), (16, 1, 32, 18),  # an eighth of the rows
+        (1, 1, 32, None), (3, 1, 32, None), (4, 1, 32, 5), (5, 1, 32, 7), (16, 1, 32, 20),  # a quarter of the rows
         (16, 1, 4, None), (32, 1, 4, 48), (128, 1, 4, 192), (32, 1, 8, 40), (256, 1, 1, None),
         (16, 4, 4, 72), (64, 4, 4, 288),
     ],

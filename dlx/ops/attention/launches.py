@@ -63,6 +63,8 @@ def choose(
         BM = 16 if rows <= 32 else min(BM, 64)
     elif BM == 16 and not fp8:
         BN = min(128, 16384 // D)
+    elif keys <= SHORT and not fp8:  # programs are short: small ones end together
+        BM, BN = min(BM, 64), min(BN, 32 if 64 < rows <= 128 and 2 * keys <= SHORT else 64)
 
     def fits(config: Launch) -> bool:
         splits = config.splits == power_of_two(config.splits) <= min(MOST_SPLITS, processors)
