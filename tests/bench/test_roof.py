@@ -44,10 +44,10 @@ def test_the_bytes_of_a_step_are_those_counted_by_hand(nano: Path) -> None:
 
 
 def test_wide_steps_count_the_matmuls_that_are_torchs(nano: Path) -> None:
-    scene = Scene(nano, block=16, context=32, requests=24, accept=4)  # 27 blocks: 432 rows of a matmul
+    scene = Scene(nano, block=16, context=32, requests=24, accept=4)  # 30 blocks: 480 rows of a matmul
     rows = {(r["op"], r["of"]): r for r in roofline(scene, CPU, "python bench")["rows"]}
     assert rows["mm", "mlp.down"]["calls"] == 3
-    assert rows["mm", "mlp.down"]["bytes"] == 3 * 4 * (432 * 256 + 256 * 96 + 432 * 96)
+    assert rows["mm", "mlp.down"]["bytes"] == 3 * 4 * (480 * 256 + 256 * 96 + 480 * 96)
     assert ("project", "attn.qkv") not in rows
 
 
