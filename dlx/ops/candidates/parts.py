@@ -22,7 +22,7 @@ from dlx.ops.op import launch_options, power_of_two, processors, shared_limit
 from dlx.ops.tuned import tuned
 
 PIECE_ELEMENTS = 8 * 32  # of a tile a warp draws for at a time
-SHORT, SHORT_OF_MANY = 16, 8  # ids up to which a list takes few registers: of 64 rows at most, and of more
+SHORT = 16  # ids up to which a list takes few registers
 EMPTY = tl.constexpr(-(0x7F800001 << 32))  # packed(−inf, the id of nobody)
 
 
@@ -243,8 +243,8 @@ def fits(config: Launch, itemsize: int, limit: int) -> bool:
 def choose(T: int, ids: int, E: int, keep: int, itemsize: int, limit: int) -> Launch:
     """The configuration for T positions: the recorded one, or the default."""
     rows = power_of_two(T)
-    if keep <= (SHORT if rows <= 64 else SHORT_OF_MANY):
-        keep = 0  # as without lists: other tiles would have rows or weights read through L2 more often
+    if rows <= 64 and keep <= SHORT:
+        keep = 0  # as without lists: larger tiles would hold copies of the rows, each read through L2 again
     if keep:
         default = Launch(64, 64, 128, 1, 4, 6) if rows <= 64 else Launch(128, 64, 64, 1, 8, 6)
     elif rows <= 32:
