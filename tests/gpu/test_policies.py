@@ -1,7 +1,8 @@
-"""Of every block-causal policy, and of a rule of a user's own: captured, the answers are the eager ones."""
+"""Of every policy without a canvas, and of a rule of a user's own: captured, the answers are the eager ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from dlx.bench.policies import Pinned
 from dlx.bench.scene import How, Scene
 from dlx.errors import PolicyError
 from dlx.graphs.policies import POLICIES
+from tests.checkpoints import write
 from tests.graphs import own_rules
+from tests.graphs.test_every_policy import SMALL, asked, said
 from tests.graphs.test_own import Pairs
 from tests.models.test_parity import questions
 
 pytestmark = pytest.mark.gpu
 
 CAUSAL = {name: p for name, p in POLICIES.items() if p.canvas is None and p.full is not True}
+BOTH_WAYS = [name for name, p in POLICIES.items() if p.full]
 ALL = {**CAUSAL, "a rule of one's own": Policy(N=2, select=Pairs())}
 
 
@@ -33,6 +37,18 @@ def test_captured_a_policy_decodes_as_eagerly(nano: Path, name: str) -> None:
         how = {"device": "cuda", "dtype": "float32", "max_num_seqs": 2, "max_model_len": 256}
         with LLM(nano, policy=ALL[name], graphs=graphs, **how) as llm:
             answers.append([(o.token_ids, o.nfe) for o in llm.generate(prompts, params)])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_captured_a_policy_of_models_that_see_both_ways_decodes_as_eagerly(
+    name: str, tmp_path: Path, all_to_all: Callable[[Path], Path]
+) -> None:
+    folder, answers = all_to_all(write(tmp_path / name, SMALL, 1)), []
+    for graphs in ("off", "capture"):
+        how = {"device": "cuda", "dtype": "float32", "max_num_seqs": 2, "max_model_len": 64}
+        with LLM(folder, policy=name, graphs=graphs, **how) as llm:
+            answers.append(said(llm, *asked(name)))
     assert answers[0] == answers[1]
 
 

@@ -77,6 +77,17 @@ def test_a_policy_is_one_graph_a_scope_and_decodes_compiled_as_eagerly(
         assert traced["graphs"] == len(keys)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_what_inductor_makes_of_a_policy_decodes_as_eagerly(name: str, made: Callable[[str], Path]) -> None:
+    folder, answers = made(name), []
+    for graphs in ("off", "compile"):
+        how = {"device": "cpu", "dtype": "float32", "max_num_seqs": 1, "max_model_len": 64}
+        with LLM(folder, policy=name, graphs=graphs, **how) as llm:
+            answers.append(said(llm, *asked(name)))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(("name", "N"), [(n, N) for n in NAMES for N in ((1, 3) if POLICIES[n].turn is None else (1,))])
 def test_a_row_is_a_stranger_to_its_neighbours(name: str, N: int, made: Callable[[str], Path]) -> None:
     policy = replace(POLICIES[name], N=N)
