@@ -29,7 +29,7 @@ COLUMNS = ("G parameters", "block", "ms a forward", "floor", "÷ floor", "expert
 Record = dict[str, Any]
 # what a table says of an op; ops in this order
 TITLES = {
-    "linear": "**linear**: the matmuls and the head of a step, share of read bandwidth by traffic; rows:",
+    "linear": "**linear**: a layer's matmuls and the head, each once / as often as in a step, share of read bandwidth; rows:",
     "linear_fp8": "**linear, fp8 weights**: a layer's matmuls, share of read bandwidth by traffic; rows:",
     "candidates": "**candidates**: head and sampler, greedy; rows:",
     "candidates_topk": "**candidates**: the same with lists of the k likeliest ids; k, rows:",
@@ -84,12 +84,12 @@ def row(first: str, rest: Iterable[str]) -> str:
 
 
 def steps(record: Record) -> dict[str, str]:
-    """Rows → share of read bandwidth over a step, and how cuBLAS compares."""
+    """Rows → share of read bandwidth of each matrix once and over a step, and how cuBLAS compares."""
     cells = {}
     for mean in record["means"]:
-        share = mean["matmuls"] if mean["step"] is None else mean["step"]
+        shares = [mean["matmuls"]] if mean["step"] is None else [mean["and_head"], mean["step"]]
         times = [f"{name} {ratio:.2f} ×" for name, ratio in mean["times"].items() if ratio is not None]
-        cells[str(mean["rows"])] = "; ".join([f"{100 * share:.1f} %", *times])
+        cells[str(mean["rows"])] = "; ".join([" / ".join(f"{100 * share:.1f} %" for share in shares), *times])
     return cells
 
 
