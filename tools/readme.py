@@ -29,7 +29,7 @@ COLUMNS = ("G parameters", "block", "ms a forward", "floor", "÷ floor", "expert
 Record = dict[str, Any]
 # what a table says of an op; ops in this order
 TITLES = {
-    "linear": "**linear**: a layer's matmuls and the head, each once / as often as in a step, share of read bandwidth; rows:",
+    "linear": "**linear**: a layer's matmuls and the head, each once / as in a step, share of read bandwidth; rows:",
     "linear_fp8": "**linear, fp8 weights**: a layer's matmuls, share of read bandwidth by traffic; rows:",
     "candidates": "**candidates**: head and sampler, greedy; rows:",
     "candidates_topk": "**candidates**: the same with lists of the k likeliest ids; k, rows:",

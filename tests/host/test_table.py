@@ -34,7 +34,9 @@ def folder(tmp_path: Path) -> Path:
     record(tmp_path, "attention--sdar-8b", one, [], 3100)
     record(tmp_path, "attention--dream-7b", [result("1 × 4 at 2048", 4, 9.0, 0.449)], [], 3150)
     record(tmp_path, "candidates--sdar-8b", [result("greedy", n, 400.0, 0.95) for n in (4, 32)], [], 3100)
-    record(tmp_path, "linear--sdar-8b", [result("qkv", 4, 1.0, 0.1)], [mean(4, 0.903, 0.922), mean(64, 0.861, 0.88)], 3100)
+    record(
+        tmp_path, "linear--sdar-8b", [result("qkv", 4, 1.0, 0.1)], [mean(4, 0.903, 0.922), mean(64, 0.861, 0.88)], 3100
+    )
     record(tmp_path, "linear_fp8--sdar-8b", [], [mean(4, None)], 3100)
     cpu = tmp_path / "ops" / "cpu"
     cpu.mkdir()
