@@ -29,7 +29,7 @@ class Admission:
         assert policy.L is not None, "bind() gives a policy its block length"
         self.L = policy.L
         self.whole = policy.turn is not None and policy.turn.full  # prompts are part of what is decoded
-        self.step = 1 if policy.canvas is not None or self.whole else policy.L  # what is decoded begins at a multiple
+        self.step = policy.step  # what is decoded begins at a multiple
         window = self.L if policy.canvas is not None else (policy.N + 1) * self.L
         self.ahead = None if forwards is None or policy.turn is not None else forwards * policy.N * self.L + window
         self.chained = not policy.full and policy.turn is None  # K/V depends on nothing behind its own block

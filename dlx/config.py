@@ -14,6 +14,7 @@ from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.modes import MODES, Mode
 from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.graphs.rules import SubBlock, Within
+from dlx.graphs.shapes import Shapes, plan
 from dlx.models.card import Card
 from dlx.settings import Dtype, KvDtype, Settings
 from dlx.sources import nearest
@@ -168,3 +169,15 @@ def geometry(config: Config, card: Card, L: int) -> Geometry:
     if max_len > card.max_len:
         raise ConfigError(f"max_model_len={max_len} passes the {card.max_len} positions of the model; use at most that")
     return Geometry(S, max_len)
+
+
+def buckets(config: Config, card: Card, policy: Policy) -> Shapes:
+    """The sizes of a worker's graphs, for a policy that `bind` returned. Raises ConfigError as `geometry` does."""
+    assert policy.L is not None, "bind() gives a policy its block length"
+    S, max_len = geometry(config, card, policy.L)
+    last = max_len + policy.L - policy.step  # the last canvas may begin at any position
+    most = 256 if config.batch_invariant else 2048  # one size for all prompts: a short one pays for it whole
+    # a prompt that sees itself whole is one forward, and so is a sequence
+    whole = policy.full or policy.turn is not None
+    chunk = max_len if whole else min(most, config.max_num_batched_tokens)
+    return plan(config.max_num_seqs, last, policy.step, S, chunk, config.batch_invariant)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlx import flight, memory, network, watch, weights
-from dlx.config import Config, bind, geometry
+from dlx.config import Config, bind, buckets, geometry
 from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
@@ -54,17 +54,9 @@ class Worker:
         assert self.policy.L is not None
         self.L = self.policy.L
         own.tried(self.policy, self.ids, self.device, config.torch_dtype, config.graphs != "off")
-        sizes = geometry(config, self.card, self.L)
-        self.max_len = sizes.max_len
-        is_canvas = self.policy.canvas is not None
-        turn = self.policy.turn
-        whole = turn is not None and turn.full
-        self.step = 1 if is_canvas or whole else self.L  # prompts are prefilled in blocks of it: 1 is causal
-        last = sizes.max_len + self.L - self.step  # the last canvas may begin at any position
-        # a prompt that sees itself whole is one forward, and so is a sequence
-        most = 256 if config.batch_invariant else 2048  # one size for all prompts: a short one pays for it whole
-        chunk = sizes.max_len if self.policy.full or turn is not None else min(most, config.max_num_batched_tokens)
-        self.shapes = shapes.plan(config.max_num_seqs, last, self.step, sizes.S, chunk, config.batch_invariant)
+        self.max_len = geometry(config, self.card, self.L).max_len
+        self.step = self.policy.step  # prompts are prefilled in blocks of it: 1 is causal
+        self.shapes = buckets(config, self.card, self.policy)
         self._flights: deque[flight.Flight] = deque()
         self.kv: tuple[Tensor, ...] = ()
         self.net = network.load(config, self.card, raw, self.device)

@@ -97,8 +97,9 @@ def child() -> None:
     import torch
 
     from dlx.bench.clock import wait
+    from dlx.config import bind, buckets
     from dlx.graphs.policies import named
-    from dlx.graphs.shapes import bucket, plan
+    from dlx.graphs.shapes import bucket
     from dlx.worker import Worker
 
     imports_s = time.time() - asked["began"]
@@ -108,7 +109,7 @@ def child() -> None:
         scene.files(Path(folder))
         rows, most = asked["buckets"], max(asked["prefill_tokens"], scene.block) + 4 * scene.block
         config = scene.config(Path(folder), how, most, named(asked["policy"]), rows[-1])
-        sizes = plan(rows[-1], most, scene.block, scene.block)
+        sizes = buckets(config, card := scene.card(), bind(config.policy, card, config.block_length))
         rows = sorted({bucket(sizes.rows, n) for n in rows}, reverse=True)
         tokens = [bucket(sizes.tokens, asked["prefill_tokens"])] if asked["prefill_tokens"] else []
         if "write" in asked:

@@ -178,6 +178,13 @@ class Policy:
         """Decided tokens stay, so that what is before the first mask is final."""
         return isinstance(self.rewrite, Keep)
 
+    @property
+    def step(self) -> int:
+        """Tokens of a prompt's block, of a policy with its block length: 1, which is causal, where a window begins at
+        any position."""
+        assert self.L is not None, "bind() gives a policy its block length"
+        return 1 if self.canvas is not None or (self.turn is not None and self.turn.full) else self.L
+
     def describe(self) -> dict[str, Any]:
         """The whole value as JSON-able data: rules as {"rule": name, field: value}."""
         out: dict[str, Any] = {}

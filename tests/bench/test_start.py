@@ -13,11 +13,13 @@ from dlx.errors import ConfigError, EngineError
 CPU = How(graphs="off", device="cpu")
 
 
-def test_a_cold_start_makes_the_buckets_asked_for(nano: Path) -> None:
-    record = startup(Scene(nano, 16, 64, 1, 4), CPU, [4, 1], 100, "single_bd", "python bench", starts=["cold"])
+@pytest.mark.parametrize(("most", "prefill"), [(2048, 256), (128, 128)])
+def test_a_cold_start_makes_the_buckets_asked_for(nano: Path, most: int, prefill: int) -> None:
+    how = CPU._replace(max_num_batched_tokens=most)
+    record = startup(Scene(nano, 16, 64, 1, 4), how, [4, 1], 100, "single_bd", "python bench", starts=["cold"])
     cold = record["cold"]
     assert record["packed"] is None
-    assert list(cold["graphs_s"]) == ["prefill 256", "step 4", "step 1"]
+    assert list(cold["graphs_s"]) == [f"prefill {prefill}", "step 4", "step 1"]
     assert cold["ready_s"] > cold["imports_s"] > 0
     assert cold["ready_s"] >= cold["imports_s"] + sum(cold["graphs_s"].values())
     assert cold["weights_s"] > 0

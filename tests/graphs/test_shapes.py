@@ -14,13 +14,18 @@ def test_rows_are_powers_of_two_up_to_the_slots() -> None:
     assert plan(1, 2048, 16, 16).rows == (1,)
 
 
-def test_prefill_chunks_are_multiples_of_the_block_and_no_longer_than_the_longest_prompt() -> None:
+def test_prefills_of_one_row_are_multiples_of_the_block_up_to_the_longest_prompt() -> None:
     assert plan(1, 4096, 16, 16).tokens == (64, 256, 512, 1024, 2048)
     assert plan(1, 100, 16, 16).tokens == (64, 128)
     assert plan(1, 20, 4, 16).tokens == (20,)
-    assert plan(32, 100, 16, 16).tokens == (64, 256, 512, 1024, 2048)  # several prompts share a forward
-    assert plan(32, 100, 16, 16, invariant=True).tokens == (128,)
     assert all(t % 24 == 0 for t in plan(1, 1000, 24, 24).tokens)
+
+
+def test_prompts_of_several_rows_share_a_prefill_unless_launches_have_one_shape() -> None:
+    assert plan(32, 100, 16, 16).tokens == (64, 256, 512, 1024, 2048)
+    assert plan(32, 100, 16, 16, chunk=512).tokens == (64, 256, 512)
+    assert plan(3, 100, 16, 16).tokens == (64, 256, 320)
+    assert plan(32, 100, 16, 16, invariant=True).tokens == (128,)
 
 
 def test_the_page_table_holds_the_longest_row() -> None:

@@ -11,10 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from dlx import LLM, SamplingParams
-from dlx.config import TINY, Config, bind, geometry
+from dlx.config import TINY, Config, bind, buckets, geometry
 from dlx.environment import environment
 from dlx.errors import ConfigError, PolicyError
 from dlx.graphs.policies import POLICIES, Policy
+from dlx.graphs.rules import Whole
 from dlx.models.card import Card
 from dlx.weights import read_config
 
@@ -192,6 +193,25 @@ def test_a_geometry_that_does_not_fit_is_refused_with_one_that_does(
     with pytest.raises(ConfigError) as caught:
         geometry(config(**values), card, L)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "policy", "most"),
+    [
+        ({}, Policy(), 2048),
+        ({"max_num_batched_tokens": 512}, Policy(), 512),
+        ({"max_num_batched_tokens": 8192}, Policy(), 2048),
+        ({"batch_invariant": True}, Policy(), 256),
+        ({"max_num_seqs": 1}, Policy(), 320),
+        ({"max_num_batched_tokens": 64}, Policy(full=True), 320),
+        ({"max_num_batched_tokens": 64}, Policy(turn=Whole()), 320),
+    ],
+)
+def test_the_largest_prefill_holds_prompts_of_all_rows_or_one_that_sees_itself_whole(
+    card: Card, values: dict[str, int], policy: Policy, most: int
+) -> None:
+    made = config(max_model_len=300, **values)
+    assert buckets(made, card, replace(policy, L=16)).tokens[-1] == most
 
 
 @pytest.mark.parametrize(("text", "threads"), [("3", 3), ("", None), ("0", None), ("-1", None), ("two", None)])
