@@ -82,15 +82,15 @@ def _attend(
         else:
             inner = j % S
         at = page.to(tl.int64) * (S * G * D) + inner * (G * D) + g * D
-        kv = kv_ptr + tl.expand_dims(at, -1) + d
+        kv = kv_ptr + at[:, None] + d[None, :]
         if MASK:
             here = j < high
             if first is not None:
                 here = here & (j >= edge)
             if hole0 is not None:
                 here = here & ((j < hole0) | (j >= hole1))
-            k = tl.load(kv, mask=tl.expand_dims(here, -1), other=0)
-            v = tl.load(kv + plane, mask=tl.expand_dims(here, -1), other=0)
+            k = tl.load(kv, mask=here[:, None], other=0)
+            v = tl.load(kv + plane, mask=here[:, None], other=0)
         else:
             k = tl.load(kv)
             v = tl.load(kv + plane)
@@ -116,24 +116,24 @@ def _attend(
                 v_scale = _repeated(v_scale, S)
         s = tl.dot(q, tl.trans(_whole(k, FP8, q.dtype, LIFT, UPCAST)), input_precision=PRECISION)
         if scales_ptr is not None:
-            s = s * tl.expand_dims(k_scale, -2)
+            s = s * k_scale[None, :]
         if MASK:
-            visible = tl.expand_dims(here, -2) & (tl.expand_dims(j, -2) < seen[:, None])
+            visible = here[None, :] & (j[None, :] < seen[:, None])
             if first is not None:
-                visible = visible & (tl.expand_dims(j, -2) >= first[:, None])
+                visible = visible & (j[None, :] >= first[:, None])
             s = tl.where(visible, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, -1) * scale)
+        new = tl.maximum(top, tl.max(s, 1) * scale)
         base = tl.where(new == float("-inf"), 0.0, new) if MASK else new  # -inf: a row that sees nothing yet
-        p = tl.exp2(s * scale - tl.expand_dims(base - LIFT, -1))
+        p = tl.exp2(s * scale - (base - LIFT)[:, None])
         fade = tl.exp2(top - base)
         if CHECK:
             if MASK:
-                p = tl.where(tl.expand_dims(wrong, -2) & visible, float("nan"), p)
+                p = tl.where(wrong[None, :] & visible, float("nan"), p)
             else:
-                p = tl.where(tl.expand_dims(wrong, -2), float("nan"), p)
-        total = total * fade + tl.sum(p, -1)
+                p = tl.where(wrong[None, :], float("nan"), p)
+        total = total * fade + tl.sum(p, 1)
         if scales_ptr is not None:
-            p = p * tl.expand_dims(v_scale, -2)
+            p = p * v_scale[None, :]
         p = p.to(q.dtype)
         v = _whole(v, FP8, q.dtype, LIFT, UPCAST)
         acc = tl.dot(p, v, acc * fade[:, None], input_precision=PRECISION)
@@ -155,9 +155,8 @@ def _attention(
     q_ptr, kv_ptr, pages_ptr, seen_ptr, first_ptr, hole_ptr, scales_ptr, out_ptr, part_ptr, stat_ptr, lock_ptr,
     scale_log2, C, W, P, plane, stats,
     G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, FULL: tl.constexpr, FP8: tl.constexpr, LIFT: tl.constexpr,
-    WAIT: tl.constexpr, CHECK: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, FULL: tl.constexpr, FP8: tl.constexpr, LIFT: tl.constexpr, WAIT: tl.constexpr,
+    CHECK: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()

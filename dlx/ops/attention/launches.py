@@ -55,16 +55,25 @@ def choose(
     widest = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64}.get(D, 32)
     BM = min(widest if wgmma else min(widest, 64), max(16, power_of_two(rows)))
     BN = 32 if D > 256 or (not wgmma and BM == 64) else max(16, min(64, 8192 // D))
-    alone = many = B * G * -(-rows // BM) * 2 >= processors  # enough programs without splits
-    short = 0 if keys > SHORT else 5 if 2 * keys <= SHORT else 3 if rows > 32 else 0
-    if not many and B * G * -(-rows // 16) * short >= processors:
-        BM, BN, alone = 16, min(128, 16384 // D), True
+
+    def programs(m: int) -> int:
+        return B * G * -(-rows // m)
+
+    deep = min(128, 16384 // D)  # keys of a tile of 16 rows, for few turns
+    short, shorter = keys <= SHORT, 2 * keys <= SHORT
+    many = 2 * programs(BM) >= processors  # enough without splits
+    # programs of 16 rows that read all keys again cost less than a sum over splits
+    again = shorter or (short and rows > 32)
+    again = again and (5 if shorter else 3) * programs(16) >= processors
+    alone = many or again
+    if again and not many:
+        BM, BN = 16, deep
     elif not many:
         BM = 16 if rows <= 32 else min(BM, 64)
     elif BM == 16 and not fp8:
-        BN = min(128, 16384 // D)
-    elif keys <= SHORT and not fp8:  # programs are short: small ones end together
-        BM, BN = min(BM, 64), min(BN, 32 if 64 < rows <= 128 and 2 * keys <= SHORT else 64)
+        BN = deep
+    elif short and not fp8:  # small programs end together
+        BM, BN = min(BM, 64), min(BN, 32 if 64 < rows <= 128 and shorter else 64)
 
     def fits(config: Launch) -> bool:
         splits = config.splits == power_of_two(config.splits) <= min(MOST_SPLITS, processors)
@@ -85,9 +94,8 @@ def choose(
         for stages in pipelines(m, n)
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
-    programs = B * G * -(-rows // config.BM)
     room = 1 if alone else 2 * processors
-    most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs)
+    most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs(config.BM))
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
     config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))
     return tuned("attention", (rows, B * G, D, power_of_two(keys), q_bytes, kv_bytes), config, fits)
