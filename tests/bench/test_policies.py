@@ -45,6 +45,19 @@ def test_every_forward_begins_in_one_state(scene: Scene) -> None:
     assert not torch.equal(buf.age, seen[0][1])
 
 
+def test_a_policy_with_scopes_is_timed_in_its_last_one(scene: Scene) -> None:
+    policy = POLICIES["fast_dllm_v2_cached"]
+    assert policy.turn is not None and len(policy.turn.scopes) > 1
+    with torch.no_grad():
+        pinned = Pinned.of(scene, CPU, policy, 400)
+        before = pinned.at.worker.buf.age.clone()
+        for _ in range(2):
+            pinned.restore()
+            pinned.at.launch()
+    assert isinstance(pinned.at.key, tuple) and pinned.at.key[:3] == ("step", 2, len(policy.turn.scopes) - 1)
+    assert torch.equal(pinned.at.worker.buf.age, before + 1)  # all rows take part
+
+
 def test_what_does_not_suit_the_shape_says_why(scene: Scene) -> None:
     (*_, record) = policies(scene, CPU, ["fast_dllm_v1", "diffusion_gemma"], 1, "c")
     assert "trained block-causal" in record["runs"]["fast_dllm_v1"]["left_out"]
