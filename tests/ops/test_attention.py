@@ -148,6 +148,25 @@ def test_the_default_configuration_fits_and_fills_the_gpu(processors: int, share
             assert keys < 1 << 15 or programs > processors // 2 or config.splits == 64
 
 
+@pytest.mark.parametrize(
+    ("B", "C", "G", "keys", "kv_bytes", "tile"),
+    [
+        (48, 4, 8, 640, 2, (16, 128)),  # many rows of few keys
+        (24, 32, 8, 640, 2, (64, 32)),
+        (24, 32, 8, 4096, 2, (128, 64)),
+        (1, 4, 32, 528, 2, (16, 128)),  # few rows, but enough of them for one stretch each
+        (1, 64, 8, 1088, 2, (16, 128)),
+        (1, 4, 8, 16388, 2, (16, 64)),  # else splits
+        (1, 32, 8, 16416, 1, (64, 64)),
+    ],
+)
+def test_an_h200_gets_the_tiles_that_were_measured(
+    B: int, C: int, G: int, keys: int, kv_bytes: int, tile: tuple[int, int]
+) -> None:
+    config = choose(B, C, 32, G, 128, keys, 2, kv_bytes, 132, 227 << 10)
+    assert config[:2] == tile and (config.splits > 1) == (keys > 16000)
+
+
 @pytest.mark.interp
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("case", CASES)
