@@ -66,7 +66,7 @@ def committed(
     ends = ends & (column(new, "ignore_eos") == 0)[:, None]
     stop = torch.where(ends, at, beyond).amin(1)
     full = reach >= room
-    why = torch.where(spent, MAX_NFE, RUNNING)
+    why = torch.where(spent, MAX_NFE, RUNNING)  # not read on its way: Triton fails where it is stored and compared
     why = torch.where(full, LENGTH, why)
     n = torch.where(full, reach, n)
     stopped = stop < beyond
