@@ -40,7 +40,10 @@ def bucket(sizes: tuple[int, ...], n: int) -> int:
     for size in sizes:
         if size >= n:
             return size
-    raise CapacityError(f"{n} is over the largest bucket {sizes[-1]}; split it or raise max_num_seqs")
+    raise CapacityError(
+        f"{n} is over the largest bucket {sizes[-1]}; split it, or raise max_num_seqs (of rows) or "
+        "max_num_batched_tokens (of prompts)"
+    )
 
 
 def page_bytes(heads: Iterable[tuple[int, int]], S: int, itemsize: int) -> int:
