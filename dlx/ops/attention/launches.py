@@ -32,12 +32,12 @@ class Launch(NamedTuple):
 
 
 def shared_bytes(config: Launch, D: int, q_bytes: int, kv_bytes: int, wgmma: bool) -> int:
-    """Shared memory that a program takes at most: queries, weights, and the buffers of keys and values."""
+    """Shared memory that a program takes at most: queries, weights, buffers of keys and values; after them the sums."""
     BM, BN = config.BM, config.BN
     buffers = config.stages if wgmma and BM >= 64 else max(1, config.stages - 1)
     fp8 = kv_bytes < q_bytes
     keys = 2 * buffers * BN * (D * kv_bytes + 4 * fp8) + 2048  # 4: a scale
-    return BM * (D + BN) * q_bytes + keys + 2 * BN * D * q_bytes * fp8
+    return max(BM * (D + BN) * q_bytes + keys + 2 * BN * D * q_bytes * fp8, BM * D * 4)
 
 
 @cache
