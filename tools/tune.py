@@ -1,4 +1,7 @@
-"""Search launch configurations on this GPU: python tools/tune.py --op linear --shape sdar-8b --rows 4 32 --budget-s 300
+"""Search launch configurations on this GPU:
+
+python tools/tune.py --op linear --shape sdar-8b --rows 4 32 --budget-s 300              in a chain of one op's calls
+python tools/tune.py --op linear --shape sdar-8b --block 32 --context 1024 --budget-s 60     in the very step
 
 The winners are recorded in profiles/kernels/<gpu>/<op>.json; a door to dlx.ops.bench.tune, as `dlx tune` is.
 """
@@ -11,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dlx.bench.arguments import asked
+from dlx.bench.tuning import tune as within
 from dlx.errors import DlxError
 from dlx.ops import tuned
 from dlx.ops.bench.__main__ import SUITES
@@ -25,12 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shape", nargs="+", choices=[*SHAPES], default=[*SHAPES], metavar="NAME", help=", ".join(SHAPES)
     )
     parser.add_argument("--rows", nargs="+", type=int, help="positions of a forward; all if left out")
+    parser.add_argument("--block", type=int, help="search in a step with blocks of so many tokens")
+    parser.add_argument("--context", type=int, default=1024, help="with --block: tokens before the answer")
+    parser.add_argument("--requests", type=int, default=1, help="with --block")
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds in all, shared evenly (default 540)")
     parser.add_argument("--folder", type=Path, default=tuned.folder(), help="of records (default profiles/kernels)")
     parser.add_argument("--trials", type=Path, help="append every configuration with its time to this file of lines")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "tools/tune.py", *(sys.argv[1:] if argv is None else argv)])
     try:
+        for shape in args.shape if args.block else ():
+            scene = asked(shape, args.block, 1, args.context, args.requests, accept=4)
+            within(scene, args.op, args.budget_s / len(args.shape), args.folder, args.trials, command)
+        if args.block:
+            return 0
         run(args.op, args.shape, args.rows or (), args.budget_s, args.folder, args.trials, command)
     except DlxError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,11 +3,11 @@
     profiles/kernels/<gpu>/<op>.json   {"schema": 1, "op": …, "gpu": …, "default": {…} or null,
                                         "configs": [{"key": [rows, …], "config": {field: value}, …}], "made": {…}}
 
-A look-up takes the exact key, else the next smaller first number (rows) with the rest of the key equal, else the
-file's default, else what a GPU of the same processor recorded, else the code's. What a file holds may only make a
-kernel faster or slower: no field of a configuration changes a result beyond the order in which the parts of a reduction
-are added. So a file that cannot be read, is of another GPU, op or schema, or holds an impossible entry is told of once,
-and passed over.
+A look-up takes the exact key, else the next smaller first number (rows) with the rest of the key equal, else a file's
+default, else the code's; of two files, this GPU's before that of a GPU of the same processor. What a file holds may
+only make a kernel faster or slower: no field of a configuration changes a result beyond the order in which the parts of
+a reduction are added. So a file that cannot be read, is of another GPU, op or schema, or holds an impossible entry is
+told of once, and passed over.
 """
 
 from __future__ import annotations
@@ -56,15 +56,21 @@ def found(op: str, key: tuple[int, ...], default: L, fits: Callable[[L], bool]) 
     if not torch.cuda.is_available():
         return default
     gpu = slug(torch.cuda.get_device_name())
-    for name in filter(None, (gpu, KIN.get(gpu))):
-        path = folder() / name / f"{op}.json"
-        records = read(path, name, op, type(default), tuple(map(type, default)))
-        by_rows = records.configs.get(key[1:], {})
-        for rows in sorted((n for n in by_rows if n <= key[0]), reverse=True):
-            if fits(by_rows[rows]):
-                return by_rows[rows]
-            if rows == key[0]:  # one for fewer rows need not suit these
-                tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
+    names = [name for name in (gpu, KIN.get(gpu)) if name]
+    paths = [folder() / name / f"{op}.json" for name in names]
+    files = [read(*file, op, type(default), tuple(map(type, default))) for file in zip(paths, names, strict=True)]
+    some = [
+        (rows, path, config)
+        for path, records in zip(paths, files, strict=True)
+        for rows, config in records.configs.get(key[1:], {}).items()
+        if rows <= key[0]
+    ]
+    for rows, path, config in sorted(some, key=lambda each: -each[0]):
+        if fits(config):
+            return config
+        if rows == key[0]:  # one for fewer rows need not suit these
+            tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
+    for path, records in zip(paths, files, strict=True):
         if records.default is not None:
             if fits(records.default):
                 return records.default

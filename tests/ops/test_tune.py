@@ -80,6 +80,24 @@ def test_a_search_begins_at_what_is_recorded_if_that_is_faster() -> None:
     assert search(ask(), cost, time.monotonic() - 1, Launch(256, 32, 1))[0] == CODE
 
 
+def test_a_larger_tile_that_does_not_fit_is_tried_with_a_shorter_pipeline() -> None:
+    class Tile(NamedTuple):
+        BN: int
+        stages: int
+
+    fits = lambda config: config.BN * config.stages <= 256  # noqa: E731
+    faster_by_tile = Ask("matmul", (8, 512), Tile(64, 4), fits)
+    best, times = search(faster_by_tile, lambda config: 1 / config.BN, forever())
+    assert best == Tile(256, 1) and Tile(128, 2) in times
+    assert all(map(fits, times))
+
+
+def test_what_is_less_than_the_gain_is_noise() -> None:
+    noise = lambda config: 100.0 - 0.1 * config.fused  # noqa: E731
+    assert search(ask(), noise, forever())[0] == CODE
+    assert search(ask(), noise, forever(), gain=0.9995)[0] == CODE._replace(fused=True)
+
+
 def test_neighbours_differ_in_one_field() -> None:
     assert neighbours(CODE, "BN") == [CODE._replace(BN=32), CODE._replace(BN=128)]
     assert neighbours(CODE, "fused") == [CODE._replace(fused=True)]

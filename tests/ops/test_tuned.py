@@ -101,6 +101,8 @@ def test_a_gpu_of_the_same_processor_lends_its_records_where_there_are_none(
     records.read.cache_clear()
     assert tuned("matmul", (4, 512, 256), CODE) == Launch(128, 2, 4)
     assert tuned("matmul", (16, 512, 999), CODE) == Launch(256, 2, 4)
+    assert tuned("matmul", (16, 512, 256), CODE) == Launch(128, 2, 4)
+    assert tuned("matmul", (32, 512, 256), CODE) == Launch(32, 2, 4)  # lent for these rows, before one's own for fewer
     assert not caplog.records
 
 

@@ -102,23 +102,34 @@ def neighbours(config: Any, field: str) -> list[Any]:
     return some
 
 
-def search(ask: Ask, took: Callable[[Any], float], deadline: float, known: Any = None) -> tuple[Any, dict[Any, float]]:
+def shortened(ask: Ask, config: Any) -> Any:
+    """The configuration with as long a pipeline as fits, where its own does not: larger tiles leave room for less."""
+    if "stages" not in config._fields:
+        return config
+    fewer = (config._replace(stages=n) for n in range(config.stages, 0, -1))
+    return next(filter(ask.fits, fewer), config)
+
+
+def search(
+    ask: Ask, took: Callable[[Any], float], deadline: float, known: Any = None, gain: float = GAIN
+) -> tuple[Any, dict[Any, float]]:
     """(the fastest configuration found, the time of each tried): fields in turn, until none helps or time is over.
 
     known  where to begin, if it is faster than the code's own: what is recorded, so that a short search loses nothing
+    gain   of the time of the best so far: what is less is noise
     """
     times: dict[Any, float] = {config: took(config) for config in dict.fromkeys((ask.default, known or ask.default))}
     best = min(times, key=lambda config: times[config])
     while True:
         before = best
         for field in best._fields:
-            for config in neighbours(best, field):
+            for config in map(partial(shortened, ask), neighbours(best, field)):
                 if config in times or not ask.fits(config):
                     continue
                 if time.monotonic() > deadline:
                     return best, times
                 times[config] = took(config)
-                if times[config] < GAIN * times[best]:
+                if times[config] < gain * times[best]:
                     best = config
         if best == before:
             return best, times
