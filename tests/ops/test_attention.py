@@ -144,7 +144,8 @@ def test_the_default_configuration_fits_and_fills_the_gpu(processors: int, share
             config = choose(B, C, H, G, D, keys, q_bytes, kv_bytes, processors, shared)
             assert shared_bytes(config, D, q_bytes, kv_bytes, shared >= 200 << 10) <= shared
             programs = B * G * -(-C * (H // G) // config.BM) * config.splits
-            assert config.splits == 1 or (programs <= 2 * processors and (config.splits - 1) * 64 < keys)
+            crowd = 4 if C * (H // G) > config.BM > 16 else 2
+            assert config.splits == 1 or (programs <= crowd * processors and (config.splits - 1) * 64 < keys)
             assert keys < 1 << 15 or programs > processors // 2 or config.splits == 64
 
 
@@ -165,6 +166,23 @@ def test_an_h200_gets_the_tiles_that_were_measured(
 ) -> None:
     config = choose(B, C, 32, G, 128, keys, 2, kv_bytes, 132, 227 << 10)
     assert config[:2] == tile and (config.splits > 1) == (keys > 16000)
+
+
+@pytest.mark.parametrize(
+    ("C", "H", "G", "keys", "splits"),
+    [
+        (64, 32, 8, 4512, 16),  # four tiles of queries read the same keys
+        (64, 32, 8, 30432, 16),
+        (64, 28, 4, 16800, 16),
+        (32, 32, 8, 16736, 32),
+        (64, 32, 32, 3488, 8),  # one tile
+        (8, 32, 8, 16688, 16),  # tiles of 16 rows
+    ],
+)
+def test_an_h200_splits_long_contexts_as_was_fastest_in_the_step(
+    C: int, H: int, G: int, keys: int, splits: int
+) -> None:
+    assert choose(1, C, H, G, 128, keys, 2, 2, 132, 227 << 10).splits == splits
 
 
 @pytest.mark.interp

@@ -94,7 +94,8 @@ def choose(
         for stages in pipelines(m, n)
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
-    room = 1 if alone else 2 * processors
+    crowd = 4 if rows > config.BM > 16 else 2  # programs a processor: tiles of the same keys share them in L2
+    room = 1 if alone else crowd * processors
     most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs(config.BM))
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
     config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))

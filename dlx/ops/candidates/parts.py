@@ -243,8 +243,8 @@ def fits(config: Launch, itemsize: int, limit: int) -> bool:
 def choose(T: int, ids: int, E: int, keep: int, itemsize: int, limit: int) -> Launch:
     """The configuration for T positions: the recorded one, or the default."""
     rows = power_of_two(T)
-    if rows <= 64 and keep <= SHORT:
-        keep = 0  # as without lists: larger tiles would hold copies of the rows, each read through L2 again
+    if keep <= SHORT:  # as without lists: narrower tiles would read the rows through L2 more often
+        keep = 0
     if keep:
         default = Launch(64, 64, 128, 1, 4, 6) if rows <= 64 else Launch(128, 64, 64, 1, 8, 6)
     elif rows <= 32:
