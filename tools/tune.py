@@ -39,10 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = shlex.join(["python", "tools/tune.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        for shape in args.shape if args.block else ():
-            scene = asked(shape, args.block, 1, args.context, args.requests, accept=4)
-            within(scene, args.op, args.budget_s / len(args.shape), args.folder, args.trials, command)
         if args.block:
+            scenes = [asked(shape, args.block, 1, args.context, args.requests, accept=4) for shape in args.shape]
+            within(scenes, args.op, args.budget_s, args.folder, args.trials, command)
             return 0
         run(args.op, args.shape, args.rows or (), args.budget_s, args.folder, args.trials, command)
     except DlxError as error:

@@ -8,7 +8,7 @@ nothing has to be traced once more for each configuration.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from dlx.bench.clock import there
 from dlx.bench.forward import longest
 from dlx.bench.scene import How, Scene, Stand, stand
 from dlx.errors import ConfigError
+from dlx.ops.bench.__main__ import SUITES
 from dlx.ops.bench.chain import captured, turns
-from dlx.ops.bench.report import FAILURES
+from dlx.ops.bench.report import FAILURES, release
 from dlx.ops.bench.search import FAR, Ask, answering, apart, asked, search, tensors
 from dlx.ops.bench.tune import line, note, write
 from dlx.ops.tuned import found as recorded
@@ -34,48 +35,65 @@ Key = tuple[str, tuple[int, ...]]
 Again = Callable[[], object]
 
 
-@torch.no_grad()
-def tune(scene: Scene, ops: Sequence[str], budget_s: float, folder: Path, trials: Path | None, command: str) -> None:
-    """Search the configurations that a forward of the scene asks for; the winner is recorded after each.
+def tune(
+    scenes: Sequence[Scene], suites: Sequence[str], budget_s: float, folder: Path, trials: Path | None, command: str,
+    as_json: bool = False,
+) -> None:  # fmt: skip
+    """Search the configurations that a forward of each scene asks for; the winner is recorded after each.
 
-    ops       whose configurations
-    budget_s  seconds from here on, shared evenly
-    folder    of the records; where they are read from too, if it is that of dlx
+    suites    of `dlx.ops.bench`, whose ops are searched
+    budget_s  seconds in all, shared evenly
     trials    file of lines to which every configuration is appended with its time
+    as_json   stdout gets a JSON object an ask
     Raises ConfigError without a GPU
     """
     if not torch.cuda.is_available():
         raise ConfigError("torch finds no CUDA device; launch configurations are tuned on a GPU")
-    end, how = time.monotonic() + budget_s, How(graphs="off")
-    worker = scene.worker(how, longest(scene, how, FORWARDS * (LAST + 3), 0))
-    title = f"a step of {scene.describe()['shape']}, blocks of {scene.block}, {scene.requests} at {scene.context}"
-    chosen: dict[Key, Any] = {}
+    end = time.monotonic() + budget_s
+    ops = {op for suite in suites for op in SUITES[suite].ops}
+    done: set[Key] = set()
     found: dict[str, list[dict[str, Any]]] = {}
-    with there(worker.device):
-        at = stand(worker, scene)
-        wanted = {key: each for key, each in asks(at).items() if key[0] in ops}
-        for i, (key, (ask, again)) in enumerate(wanted.items()):
-            now, known = time.monotonic(), recorded(*ask)
-            took = partial(timed_under, at, chosen, key, again, results(again, chosen))
-            config, times = search(ask, took, now + (end - now) / (len(wanted) - i), known, GAIN)
-            own, best = between(at, chosen | {key: ask.default}, chosen | {key: config})
-            if best >= GAIN * own:
-                config, best = ask.default, own
-            chosen[key] = config
-            ms = {"step_ms": round(best, 4), "default_step_ms": round(own, 4)}
+    for n, scene in enumerate(scenes):
+        now = time.monotonic()
+        title = f"a step of {scene.describe()['shape']}, blocks of {scene.block}, {scene.requests} at {scene.context}"
+        for ask, config, ms, times in searched(scene, ops, done, now + (end - now) / (len(scenes) - n)):
             entry = {"key": list(ask.key), "config": config._asdict(), **ms, "case": title}
-            print(line(f"{title}: {ask.op}", len(times), entry, as_json=False), flush=True)
+            print(line(f"{title}: {ask.op}", len(times), entry, as_json), flush=True)
             found.setdefault(ask.op, []).append(entry)
             write(folder, ask.op, found[ask.op], command)
             if trials:
                 note(trials, f"{title}: {ask.op} {ask.key}", times)
+        release()
 
 
-def asks(at: Stand) -> dict[Key, tuple[Ask, Again]]:
-    """What one forward asks for, and a call that asks for it."""
+@torch.no_grad()
+def searched(
+    scene: Scene, ops: Collection[str], done: set[Key], deadline: float
+) -> Iterator[tuple[Ask, Any, dict[str, float], dict[Any, float]]]:
+    """What a forward asks for and is not done yet: the ask, the winner, milliseconds a forward, of each tried."""
+    how = How(graphs="off")
+    worker = scene.worker(how, longest(scene, how, FORWARDS * (LAST + 3), 0))
+    chosen: dict[Key, Any] = {}
+    with there(worker.device):
+        at = stand(worker, scene)
+        wanted = {key: each for key, each in asks(at, ops).items() if key not in done}
+        for i, (key, (ask, again)) in enumerate(wanted.items()):
+            now, known = time.monotonic(), recorded(*ask)
+            took = partial(timed_under, at, chosen, key, again, results(again, chosen))
+            config, times = search(ask, took, now + (deadline - now) / (len(wanted) - i), known, GAIN)
+            own, best = between(at, chosen | {key: ask.default}, chosen | {key: config})
+            if best >= GAIN * own:
+                config, best = ask.default, own
+            chosen[key] = config
+            done.add(key)
+            yield ask, config, {"step_ms": round(best, 4), "default_step_ms": round(own, 4)}, times
+
+
+def asks(at: Stand, ops: Collection[str]) -> dict[Key, tuple[Ask, Again]]:
+    """What the calls of these ops in one forward ask for, and a call that asks for it."""
     out: dict[Key, tuple[Ask, Again]] = {}
     for call in calls(at):
-        for ask in asked(lambda _, again=call.again: again()):
+        for ask in asked(lambda _, again=call.again: again()) if call.op in ops else ():
             out.setdefault((ask.op, ask.key), (ask, call.again))
     return out
 

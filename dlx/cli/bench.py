@@ -191,6 +191,9 @@ def tune(
     op: Annotated[list[str] | None, Parameter(help="Ops, by name; else all.")] = None,
     shape: Annotated[list[str] | None, Parameter(help="Shapes, by name; else all.")] = None,
     rows: Annotated[list[Whole] | None, Parameter(help="Positions of a forward; else all.")] = None,
+    block: Annotated[Whole | None, Parameter(help="Search in a whole step with blocks of so many tokens.")] = None,
+    context: Annotated[Whole, Parameter(help="With --block: tokens before the answer.")] = 1024,
+    requests: Annotated[Whole, Parameter(help="With --block: requests that decode.")] = 1,
     budget_s: Annotated[float, Parameter(help="Seconds in all, shared evenly.")] = 540.0,
     folder: Annotated[Path | None, Parameter(help="Of records; else where dlx reads them.")] = None,
     trials: Annotated[Path | None, Parameter(help="Append every configuration with its time to this file.")] = None,
@@ -199,6 +202,8 @@ def tune(
 ) -> None:
     """Search launch configurations of the kernels on this GPU, and record them."""
     set_logging(debug)
+    from dlx.bench.arguments import asked as scene
+    from dlx.bench.tuning import tune as within
     from dlx.ops.bench.__main__ import SUITES
     from dlx.ops.bench.shapes import SHAPES
     from dlx.ops.bench.tune import run
@@ -207,4 +212,9 @@ def tune(
     for what, names, known in (("op", op, SUITES), ("shape", shape, SHAPES)):
         if wrong := [name for name in names or () if name not in known]:
             raise ConfigError(f"--{what} {wrong[0]} is unknown; use one of {', '.join(known)}")
-    run(op or [*SUITES], shape or [*SHAPES], rows or (), budget_s, folder or recorded(), trials, command(), json)
+    ops, names, target = op or [*SUITES], shape or [*SHAPES], folder or recorded()
+    if block:
+        scenes = [scene(name, block, 1, context, requests, accept=4) for name in names]
+        within(scenes, ops, budget_s, target, trials, command(), json)
+    else:
+        run(ops, names, rows or (), budget_s, target, trials, command(), json)

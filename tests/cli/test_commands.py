@@ -113,6 +113,7 @@ def test_a_measurement_is_printed_and_written(capsys: Capture, tmp_path: Path) -
         ("tune --op nothing", "--op nothing is unknown; use one of linear"),
         ("tune --shape nothing", "--shape nothing is unknown"),
         ("tune", "tuned on a GPU"),
+        ("tune --block 32", "tuned on a GPU"),
         ("convert a b --shard-gb 0", "shard_gb=0"),
     ],
 )

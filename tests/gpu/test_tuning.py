@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def test_what_a_step_asks_for_is_searched_and_recorded(tiny: Path, tmp_path: Path) -> None:
     trials = tmp_path / "trials"
-    tune(Scene(tiny, 16, 256, 1, 4), ["linear"], 20.0, tmp_path, trials, "python tune")
+    tune([Scene(tiny, 16, 256, 1, 4)], ["linear"], 20.0, tmp_path, trials, "python tune")
     record = json.loads((tmp_path / slug(torch.cuda.get_device_name()) / "linear.json").read_text())
     entries = {tuple(entry["key"]): entry for entry in record["configs"]}
     assert {(key[0], key[1]) for key in entries} == {(32, 0), (32, 1), (32, 2)}  # two blocks of 16; three kinds

@@ -1,8 +1,10 @@
-"""The Triton kernel: one position and eight of its heads a program."""
+"""The Triton kernel: one position and some of its heads a program."""
 
 from __future__ import annotations
 
+from functools import cache
 from math import log2
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,8 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dlx.ops.op import DEBUG, FP8, launch_options, power_of_two
-
-HEADS = 8  # that one program takes
+from dlx.ops.tuned import tuned
 
 
 @triton.jit
@@ -121,6 +122,19 @@ def _kv_store(
         tl.store(target + i, c.to(kv_ptr.dtype.element_ty), mask=written & stays)
 
 
+class Launch(NamedTuple):
+    """A launch configuration: heads a program, warps."""
+
+    HEADS: int
+    warps: int
+
+
+@cache
+def choose(positions: int, heads: int, D: int) -> Launch:
+    """The recorded configuration, or the default: small programs, which answer soonest, while all run at once."""
+    return tuned("kv_store", (positions, heads, D), Launch(8, 4))
+
+
 def kernel(
     qkv: Tensor,
     q_gain: Tensor | None,
@@ -143,9 +157,10 @@ def kernel(
         kind = torch.finfo(kv.dtype)
         most, mantissa, least = kind.max, round(-log2(kind.eps)), round(log2(kind.tiny))
     pdl, options = launch_options(qkv)
-    _kv_store[(B * C, -(-heads // HEADS))](
+    c = choose(B * C, heads, D)
+    _kv_store[(B * C, -(-heads // c.HEADS))](
         qkv, q_gain, k_gain, pos, frequencies, kv, pages, seen, scales, q, kv.stride(0), eps, C, pages.shape[1], P,
-        S, heads - 2 * G, G, D, R, HEADS, power_of_two(R // 2), power_of_two(D - R), v_norm, most, mantissa,
-        least, not qkv.is_cuda, DEBUG, pdl, num_warps=4, **options,
+        S, heads - 2 * G, G, D, R, c.HEADS, power_of_two(R // 2), power_of_two(D - R), v_norm, most, mantissa,
+        least, not qkv.is_cuda, DEBUG, pdl, num_warps=c.warps, **options,
     )  # fmt: skip
     return q
