@@ -131,8 +131,8 @@ class Launch(NamedTuple):
 
 @cache
 def choose(positions: int, heads: int, D: int) -> Launch:
-    """The recorded configuration, or the default: small programs, which answer soonest, while all run at once."""
-    return tuned("kv_store", (positions, heads, D), Launch(8, 4))
+    """The recorded configuration, or the default: small programs answer soonest."""
+    return tuned("kv_store", (positions, heads, D), Launch(8, 2 if D <= 128 else 4))
 
 
 def kernel(
