@@ -36,10 +36,10 @@ def kernels() -> list[JITFunction[Any]]:
     return [value for name, value in values if isinstance(value, JITFunction) and value.__module__ == name]
 
 
-def collected(folder: Path, objects: bool) -> Files:
+def collected(folder: Path, artefacts: bool = True) -> Files:
     """What was compiled in `empty(folder)`, as another process can use it: without a path of this one.
 
-    objects  with what Inductor built for a CPU, which its artefacts leave out
+    artefacts  with Inductor's, which leave out Triton's entries and what is built for a CPU
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -48,11 +48,13 @@ def collected(folder: Path, objects: bool) -> Files:
                 files[f"{TRITON}/{entry}/{name}"] = (
                     moved(path.read_bytes(), None) if name.startswith(GROUP) else path.read_bytes()
                 )
-            case (_, shelf, name) if objects and path.suffix == ".so":
+            case (_, shelf, name) if path.suffix == ".so":
                 files[f"{INDUCTOR}/{shelf}/{name}"] = path.read_bytes()
-    artefacts = torch.compiler.save_cache_artifacts()
-    assert artefacts is not None, "nothing was compiled"
-    return files | {GRAPHS: artefacts[0]}
+    if artefacts:
+        saved = torch.compiler.save_cache_artifacts()
+        assert saved is not None, "nothing was compiled"
+        files[GRAPHS] = saved[0]
+    return files
 
 
 def fill(files: Mapping[str, bytes], device: torch.device) -> None:
@@ -60,10 +62,13 @@ def fill(files: Mapping[str, bytes], device: torch.device) -> None:
 
     Raises OSError or ValueError
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+    places, shelves = {Path(knobs.cache.dir)}, None
+    if GRAPHS in files:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir  # seconds: they import Dynamo
 
-    # until its first own kernel Inductor leaves Triton's cache where it was, so that both places are asked
-    places = {Path(triton_cache_dir(device.index or 0)), Path(knobs.cache.dir)}
+        # until its first own kernel Inductor leaves Triton's cache where it was, so that both places are asked
+        places.add(Path(triton_cache_dir(device.index or 0)))
+        shelves = Path(cache_dir())
     for name, data in sorted(
         files.items(), key=lambda item: GROUP in item[0]
     ):  # Triton asks for a group: it comes last
@@ -71,9 +76,9 @@ def fill(files: Mapping[str, bytes], device: torch.device) -> None:
         if kind == TRITON:
             for path in (place.joinpath(*rest) for place in places):
                 write(path, moved(data, path.parent) if path.name.startswith(GROUP) else data)
-        elif kind == INDUCTOR:
-            write(Path(cache_dir()).joinpath(*rest), data)
-    if torch.compiler.load_cache_artifacts(files[GRAPHS]) is None:
+        elif kind == INDUCTOR and shelves is not None:
+            write(shelves.joinpath(*rest), data)
+    if GRAPHS in files and torch.compiler.load_cache_artifacts(files[GRAPHS]) is None:
         raise ValueError(f"{GRAPHS} cannot be loaded")
 
 

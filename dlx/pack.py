@@ -2,13 +2,15 @@
 
     <out>/<machine>--<model>--<policy>--<hash of the key>/
         manifest.json   schema, key, graphs (buckets that were made), files (name → sha256), seconds it took, made
-        graphs.bin      Inductor's artefacts, as torch.compiler.save_cache_artifacts gives them
+        exports.json    graphs that need no compiler: Inductor's generated source, and the kernels that it calls
         triton/         entries of Triton's cache: the cubin of every kernel that ran, launchers
         inductor/       shared objects that Inductor built for a CPU
+        graphs.bin      Inductor's artefacts, as torch.compiler.save_cache_artifacts gives them, where a graph could
+                        not be exported
 
-A pack makes a start faster and changes nothing else: both compilers look entries up by the content of what they are
-asked to compile, and what they cannot see of dlx is in the key. One that is damaged or does not fit is told of and
-passed over. It holds machine code and pickles: load only what you would run.
+A pack makes a start faster and changes nothing else: graphs are looked up by what they are made of, and what cannot be
+seen there of dlx is in the key. One that is damaged or does not fit is told of and passed over. It holds source,
+machine code and, as graphs.bin, pickles: load only what you would run.
 """
 
 from __future__ import annotations
@@ -32,22 +34,25 @@ import torch
 import triton
 
 import dlx
-from dlx.caches import GRAPHS, Files, collected, empty, fill, kernels
+from dlx.caches import TRITON, Files, collected, empty, fill, kernels
 from dlx.config import Config
 from dlx.errors import CapacityError, ConfigError
+from dlx.exports import Export, Exports
 from dlx.graphs.policies import POLICIES
+from dlx.models.decoder import Decoder
 from dlx.ops import tuned
 from dlx.provenance import provenance, slug
 from dlx.tokenizer import FILE, Tokenizer
 from dlx.weights import read_config
 
 if TYPE_CHECKING:
+    from dlx.recorder import Recorder
     from dlx.worker import Worker
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
+SCHEMA = 2
+MANIFEST, EXPORTS = "manifest.json", "exports.json"
 TRACED = ("graphs", "models", "ops")  # folders whose code the graphs are made of
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SHOWN = 3  # differences that one message names
@@ -64,6 +69,7 @@ def make(config: Config, out: Path, rows: Sequence[int] = (), tokens: Sequence[i
     Raises ConfigError    graphs="off"; kernels have run; no such bucket; `out` cannot be written
            CapacityError  no room for the pack
     """
+    from dlx.recorder import Recorder
     from dlx.worker import Worker
 
     if config.graphs == "off":
@@ -79,10 +85,18 @@ def make(config: Config, out: Path, rows: Sequence[int] = (), tokens: Sequence[i
         buckets = {
             "rows": chosen(rows, worker.shapes.rows, "max_num_seqs"), "tokens": chosen(tokens, worker.shapes.tokens)
         }  # fmt: skip
+        recorder = Recorder()
+        compile_by(worker, recorder)
         began = time.monotonic()
         worker.prepare(**buckets)
         took_s = time.monotonic() - began
-        files = collected(Path(folder), objects=worker.device.type == "cpu")
+        files = collected(Path(folder), artefacts=recorder.left_out > 0)
+        if not recorder.left_out:  # without what Inductor alone would read
+            used = {facts["file"] for export in recorder.exports.values() for facts in export.kernels.values()}
+            entries = {PurePosixPath(name).parent for name in used}
+            own = {name for name in files if name.startswith(TRITON) and PurePosixPath(name).parent not in entries}
+            files = {name: files[name] for name in used | own}
+        files[EXPORTS] = json.dumps(recorder.exports).encode()
     facts = key(worker)
     manifest = {
         "schema": SCHEMA,
@@ -107,15 +121,24 @@ def load(path: Path, worker: Worker) -> bool:
     wanted, faults = key(worker), []
     for folder in [path] if (path / MANIFEST).is_file() or not within else within:
         try:
-            fill(read(folder, wanted), worker.device)
-        except (OSError, ValueError) as error:
+            files = read(folder, wanted)
+            exports = {name: Export(*values) for name, values in json.loads(files[EXPORTS]).items()}
+            fill(files, worker.device)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             faults.append(f"{folder}: {error}")
         else:
+            compile_by(worker, Exports(exports, folder.absolute()))
             log.info("graphs come from the pack %s", folder)
             return True
     more = f", nor do {len(faults) - 1} more beside it" if len(faults) > 1 else ""
     log.warning("graphs are compiled, for this pack does not serve%s: %s", more, faults[0])
     return False
+
+
+def compile_by(worker: Worker, compiler: Exports | Recorder) -> None:
+    worker.graphs.compiled = compiler.graph
+    if isinstance(worker.net, Decoder):
+        worker.net.layer = compiler.layer
 
 
 def key(worker: Worker) -> Key:
@@ -208,7 +231,7 @@ def read(folder: Path, wanted: Key) -> Files:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise ValueError(f"its manifest is not of schema {SCHEMA}")
     facts, named = manifest.get("key"), manifest.get("files")
-    if not isinstance(facts, dict) or not isinstance(named, dict) or GRAPHS not in named:
+    if not isinstance(facts, dict) or not isinstance(named, dict) or EXPORTS not in named:
         raise ValueError("its manifest lacks a key or files")
     other = differences(facts, wanted)
     if other:

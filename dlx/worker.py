@@ -105,7 +105,7 @@ class Worker:
             if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
-                self._step(B, scope, C)[0]()
+                self._step(loop.rows(self.sent, B), scope, C)[0]()
             self.kv = ()
 
     def _allocate_rows(self) -> None:
@@ -251,8 +251,8 @@ class Worker:
         if key not in self.graphs:
             done = self.buf.done.clone()
             self.buf.done.fill_(True)
-            step, busy = self._step(B, scope, C)
             sent = loop.rows(self.sent, B)
+            step, busy = self._step(sent, scope, C)
             step = marked(step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
@@ -265,9 +265,10 @@ class Worker:
                 self.buf.done.copy_(done)
         return key
 
-    def _step(self, B: int, scope: int, C: int) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-        """One forward of the first B rows, and who of them takes part in it."""
-        view, out = buffer.rows(self.buf, B), loop.rows(self.sent, B).step
+    def _step(self, sent: loop.Launch, scope: int, C: int) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+        """One forward of the first rows, those of `sent`, and who of them takes part in it."""
+        out, B = sent.step, len(sent.step)
+        view = buffer.rows(self.buf, B)
         if self.policy.turn is not None:
             whole = sequence.rows(self.sequences, B)
             facts = self.policy, scope, C, self.ids

@@ -88,6 +88,7 @@ def in_process(code: str, asked: Mapping[str, Any], env: Mapping[str, str]) -> d
     )
     if done.returncode:
         raise EngineError(f"the process that was measured failed: {done.stderr.strip()[-TAIL:]}")
+    sys.stderr.write(done.stderr)  # warnings: what was not packed, or is compiled all the same, and why
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from triton.errors import TritonError
@@ -33,6 +33,7 @@ class Graphs:
             raise ConfigError(f"graphs='capture' needs a CUDA device, not {device}; use 'compile' or 'off'")
         self.mode = mode
         self.device = device
+        self.compiled: Callable[[Callable[[], None]], Callable[[], Any]] = compiled  # a pack brings another
         self._run: dict[Hashable, Callable[[], None]] = {}
         self._turns: dict[Hashable, Callable[[], None]] = {}  # of loops
         self.routes: dict[Hashable, Route] = {}
@@ -50,7 +51,7 @@ class Graphs:
         if self.mode == "off":
             self._run[key] = fn
             return
-        ready = compiled(fn)
+        ready = self.compiled(fn)
         if self.mode == "compile":
             self._run[key] = ready
             return
@@ -64,7 +65,7 @@ class Graphs:
         """Make a launch of several turns replayable as `key`; `unroll` keeps the turns apart, for profiles."""
         self.routes[key] = "unrolled"
         if self.mode != "off":
-            begin, turn = compiled(begin), compiled(turn)
+            begin, turn = self.compiled(begin), self.compiled(turn)
         if self.mode != "capture":
             self._run[key], self._turns[key] = unrolled(begin, turn, launch), turn
             return
@@ -141,23 +142,30 @@ def short(error: BaseException | None) -> bool:
     return False
 
 
-def compiled(fn: Callable[[], None]) -> Callable[[], None]:
-    """`fn` through Inductor as one graph, with Inductor's own CUDA graphs off: they clash with ours."""
+def compiled(fn: Callable[..., Any], numbered: bool = False, **settings: Any) -> Callable[..., Any]:
+    """`fn` through Inductor as one graph, with Inductor's own CUDA graphs off: they clash with ours.
+
+    numbered  whether kernels are numbered, not named for what they fuse. Such names pass 150 characters, to which
+              Triton cuts those of its files; torch then finds no cubin to launch by itself, as a pack's graphs need it
+    """
     import torch._dynamo  # 3 s to import: only where something is compiled
     import torch._functorch.config
     import torch._inductor.config
 
-    inner = torch.compile(fn, fullgraph=True, dynamic=False)
+    inner = torch.compile(fn, fullgraph=True, dynamic=False, **settings)
     # torch checks each first run for ops that alias; where ops compile what they run, it is compiled for that once more
     unchecked = {ALIASING: False} if hasattr(torch._functorch.config, ALIASING) else {}
+    inductor: dict[str, object] = {"triton.cudagraphs": False}
+    if numbered:
+        inductor["triton.descriptive_names"] = False
 
-    def run() -> None:
+    def run(*args: Any) -> Any:
         # one function is compiled once a bucket: more often than Dynamo's default limit expects
         with (
             torch._dynamo.config.patch(recompile_limit=64),
-            torch._inductor.config.patch({"triton.cudagraphs": False}),
+            torch._inductor.config.patch(inductor),
             torch._functorch.config.patch(unchecked),
         ):
-            inner()
+            return inner(*args)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -71,6 +71,7 @@ class Decoder(nn.Module):
         half = torch.arange(0, card.rotary, 2, dtype=torch.float32) / card.rotary  # on meta it would import Dynamo
         self.register_buffer("frequencies", (card.theta**-half).to(device), persistent=False)
         self.number = numbered(self)
+        self.layer: Callable[..., tuple[Tensor, ...]] | None = None
 
     def embed(self, tok: Tensor) -> Tensor:
         """Ids [B, C] int32 → [B, C, E]."""

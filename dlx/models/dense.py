@@ -87,6 +87,7 @@ class Stack(Protocol):
     eps: float
     norm: RMSNorm
     frequencies: Tensor
+    layer: Callable[..., tuple[Tensor, ...]] | None  # `wide` compiled, where not by `_compiled`
 
     def dense(self) -> list[Dense]: ...
 
@@ -127,7 +128,7 @@ def wide_stack(net: Stack, x: Tensor, view: View, kv: Sequence[Tensor]) -> tuple
 
 
 def _through(
-    layer: Callable[..., tuple[Tensor, Tensor]], net: Stack, x: Tensor, view: View, kv: Sequence[Tensor]
+    layer: Callable[..., tuple[Tensor, ...]], net: Stack, x: Tensor, view: View, kv: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     x, more = x.clone(), torch.zeros_like(x)
     for w, pages in zip(net.dense(), kv, strict=False):
@@ -145,7 +146,8 @@ def _narrow(
 def _wide(
     x: Tensor, pos: Tensor, pages: Tensor, seen: Tensor, kv: list[Tensor], number: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _through(_compiled(), NETWORKS[int(number)], x, View(pos, pages, seen), kv)
+    net = NETWORKS[int(number)]
+    return _through(net.layer or _compiled(), net, x, View(pos, pages, seen), kv)
 
 
 def _narrow_fake(h: Tensor, a: Tensor, squares: Tensor, *_: object) -> tuple[Tensor, Tensor]:

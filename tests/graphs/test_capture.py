@@ -151,3 +151,17 @@ def test_rows_take_a_larger_graph_before_one_that_was_dropped(nano: Path) -> Non
 def test_capture_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs a CUDA device, not cpu"):
         Graphs("capture", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("numbered", "names"), [(False, "original_aten"), (True, False)])
+def test_kernels_are_named_for_what_they_fuse_or_numbered(numbered: bool, names: object) -> None:
+    seen: list[object] = []
+
+    def backend(gm: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        from torch._inductor import config
+
+        seen.append(config.triton.descriptive_names)
+        return gm.forward
+
+    capture.compiled(lambda: torch.zeros(1), numbered, backend=backend)()
+    assert seen == [names]

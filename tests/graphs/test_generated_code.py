@@ -14,6 +14,7 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlx.config import Config
+from dlx.graphs import loop
 from dlx.worker import Worker
 
 LAYER = ["project", "kv_store", "attention", "accumulate", "project", "accumulate"]
@@ -91,7 +92,7 @@ def test_the_layers_are_one_op_and_the_cache_is_never_copied(
 
 def test_a_layer_is_six_kernels(nano: Path) -> None:
     worker = Worker(Config.from_args(nano, "single_bd", "off", device="cpu", max_num_seqs=1, max_model_len=256))
-    step, _ = worker._step(1, 0, 0)
+    step, _ = worker._step(loop.rows(worker.sent, 1), 0, 0)
     with torch.no_grad(), Ops() as ran:
         step()
     assert ran.names == ["positions", *LAYER * worker.card.layers, "candidates"]

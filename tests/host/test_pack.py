@@ -33,6 +33,7 @@ from dlx.worker import Worker
 ROOT = Path(__file__).parents[2]
 ENTRY = "ABCDEF"  # of Triton's cache
 HELD = {
+    pack.EXPORTS: b"{}",
     GRAPHS: b"graphs",
     f"triton/{ENTRY}/__grp__k.json": json.dumps({"child_paths": {"k.cubin": "k.cubin"}}).encode(),
     f"triton/{ENTRY}/k.cubin": b"cubin",
@@ -115,6 +116,15 @@ def of_another(name: str, value: object) -> Callable[[Path], object]:
     return damage
 
 
+def with_exports(data: bytes) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / pack.EXPORTS).write_bytes(data)
+        files = json.loads((folder / pack.MANIFEST).read_text())["files"]
+        rewritten(files=files | {pack.EXPORTS: pack.sha256(data)})(folder)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -125,12 +135,16 @@ def of_another(name: str, value: object) -> Callable[[Path], object]:
         (lambda folder: (folder / GRAPHS).unlink(), "No such file"),
         (lambda folder: (folder / GRAPHS).write_bytes(b"graphz"), "graphs.bin is damaged"),
         (lambda folder: (folder / "inductor/ab/cab.so").write_bytes(b""), "cab.so is damaged"),
+        (lambda folder: (folder / pack.EXPORTS).write_bytes(b'{"a": 1}'), "exports.json is damaged"),
+        (with_exports(b"[]"), "items"),
+        (with_exports(b'{"a": ["x"]}'), "missing"),
+        (with_exports(b'{"a": '), "Expecting"),
         (lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()], "No such file"),
-        (rewritten(schema=2), "schema 1"),
+        (rewritten(schema=1), "schema 2"),
         (rewritten(files=None), "lacks a key or files"),
         (rewritten(key=[]), "lacks a key or files"),
-        (rewritten(files={GRAPHS: pack.sha256(b"graphs"), "../x": ""}), "outside"),
-        (rewritten(files={GRAPHS: pack.sha256(b"graphs"), "/etc/passwd": ""}), "outside"),
+        (rewritten(files={pack.EXPORTS: pack.sha256(b"{}"), "../x": ""}), "outside"),
+        (rewritten(files={pack.EXPORTS: pack.sha256(b"{}"), "/etc/passwd": ""}), "outside"),
         (of_another("torch", "1.0"), f"torch 1.0, here {torch.__version__}"),
         (of_another("triton", "1.0"), "triton 1.0"),
         (of_another("dlx", "0.0"), "dlx 0.0"),
@@ -324,7 +338,7 @@ def test_an_entry_of_tritons_cache_serves_in_another_place(tmp_path: Path, monke
     (tmp_path / "cold").mkdir()
     with caches.empty(tmp_path / "cold"):
         cubin = build()
-    files = caches.collected(tmp_path / "cold", objects=False)
+    files = caches.collected(tmp_path / "cold")
     assert cubin in files.values()
     assert not [name for name, data in files.items() if str(tmp_path).encode() in data and name.endswith(".json")]
     (tmp_path / "packed").mkdir()
@@ -348,38 +362,47 @@ import torch
 torch.set_num_threads(1)
 from dlx import LLM, SamplingParams
 logging.basicConfig()
-with LLM(sys.argv[1], graphs="compile", device="cpu", max_num_seqs=1, max_model_len=256) as llm:
-    (said,) = llm.generate(list(range(40, 65)), SamplingParams(max_tokens=40, ignore_eos=True))
-from torch._dynamo.utils import counters
-print(json.dumps([said.token_ids, said.prefill_forwards, counters["inductor"]]))
+model, packs, how = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+answers, params = [], [SamplingParams(max_tokens=40, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 0.8)]
+for more in ({"pack": packs}, {"graphs": sys.argv[4]}):
+    with LLM(model, **how | more) as llm:
+        said = llm.generate([list(range(40, 140)), list(range(60, 160))], params)
+    answers.append([(one.token_ids, one.prefill_forwards) for one in said])
+    if "pack" in more:
+        compilers = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules]
+print(json.dumps([*answers, compilers]))
 """
+
+
+def process(place: Path, *args: str) -> str:
+    """What a process prints whose compilers' caches are in a new folder; dlx warns of nothing."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(place), "TRITON_CACHE_DIR": str(place / "t")}
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env=os.environ | folders)
+    assert done.returncode == 0 and "WARNING:dlx" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def start(model: Path, place: Path, how: dict[str, Any], other: str) -> tuple[Path, list[Any]]:
+    """A pack of one prefill of 256 and a step; what a start from it answers, then one without that runs its graphs so,
+    and which compilers the first had imported."""
+    line = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    what = "-m", "dlx.cli", "pack", str(model), *line, "--rows", "2", "--tokens", "256", "--out", str(place / "packs")
+    (folder,) = map(Path, process(place / "cold", *what).split())
+    said = process(place / "new", "-c", ANSWER, str(model), str(place / "packs"), json.dumps(how), other)
+    return folder, json.loads(said)
 
 
 @pytest.mark.slow
 def test_a_packed_start_compiles_nothing_and_answers_the_same(nano: Path, tmp_path: Path) -> None:
-    shape = ["--max-num-seqs", "1", "--max-model-len", "256", "--tokens", "64", "--device", "cpu", "--out"]
-
-    def process(*args: str, name: str, **more: str) -> str:
-        folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), "TRITON_CACHE_DIR": str(tmp_path / name / "t")}
-        done = subprocess.run(
-            [sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env=os.environ | folders | more
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    out = process("-m", "dlx.cli", "pack", str(nano), *shape, str(tmp_path / "packs"), name="cold")
-    (folder,) = (tmp_path / "packs").iterdir()
-    assert out == f"{folder}\n"
+    how = {"graphs": "compile", "device": "cpu", "max_num_seqs": 2, "max_model_len": 256, "forwards": 3}
+    folder, (packed, eager, compilers) = start(nano, tmp_path, how, "off")
+    assert folder.parent == tmp_path / "packs"
     assert not list((tmp_path / "cold").rglob("*.so"))  # the caches of the user were not touched
     manifest = json.loads((folder / pack.MANIFEST).read_text())
-    assert manifest["graphs"] == {"rows": [1], "tokens": [64]}
+    assert manifest["graphs"] == {"rows": [2], "tokens": [256]}
     assert manifest["made"]["command"].startswith("dlx pack ")
-    ids, prefills, counters = json.loads(process("-c", ANSWER, str(nano), name="new", DLX_PACK=str(tmp_path / "packs")))
-    assert prefills == 1
-    assert counters["fxgraph_cache_hit"] == 2
-    assert not counters.get("fxgraph_cache_miss")
-    built, kept = ({path.name for path in place.rglob("*.main.so")} for place in (tmp_path / "new", folder))
-    assert built == kept
-    with LLM(nano, graphs="off", device="cpu", max_num_seqs=1, max_model_len=256) as llm:
-        (said,) = llm.generate(list(range(40, 65)), SamplingParams(max_tokens=40, ignore_eos=True))
-    assert said.token_ids == ids
+    assert GRAPHS not in manifest["files"]  # all is exported: a prompt's layer and the parts of a loop too
+    assert [prefills for _, prefills in packed] == [1, 1]
+    assert packed == eager
+    assert not compilers
+    assert not (tmp_path / "new").exists()
