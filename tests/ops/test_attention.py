@@ -174,7 +174,8 @@ def test_an_h200_gets_the_tiles_that_were_measured(
         (64, 32, 8, 4512, 16),  # four tiles of queries read the same keys
         (64, 32, 8, 30432, 16),
         (64, 28, 4, 16800, 16),
-        (32, 32, 8, 16736, 32),
+        (32, 32, 8, 16736, 32),  # two tiles
+        (32, 32, 8, 8224, 16),  # of too few keys
         (64, 32, 32, 3488, 8),  # one tile
         (8, 32, 8, 16688, 16),  # tiles of 16 rows
     ],
