@@ -212,6 +212,8 @@ def tune(
     for what, names, known in (("op", op, SUITES), ("shape", shape, SHAPES)):
         if wrong := [name for name in names or () if name not in known]:
             raise ConfigError(f"--{what} {wrong[0]} is unknown; use one of {', '.join(known)}")
+    if block and rows:
+        raise ConfigError(f"--rows {rows[0]} does not suit --block {block}, whose step has its own; leave one out")
     ops, names, target = op or [*SUITES], shape or [*SHAPES], folder or recorded()
     if block:
         scenes = [scene(name, block, 1, context, requests, accept=4) for name in names]

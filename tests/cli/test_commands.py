@@ -114,6 +114,7 @@ def test_a_measurement_is_printed_and_written(capsys: Capture, tmp_path: Path) -
         ("tune --shape nothing", "--shape nothing is unknown"),
         ("tune", "tuned on a GPU"),
         ("tune --block 32", "tuned on a GPU"),
+        ("tune --block 32 --rows 8", "--rows 8 does not suit --block 32"),
         ("convert a b --shard-gb 0", "shard_gb=0"),
     ],
 )

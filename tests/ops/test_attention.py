@@ -149,6 +149,13 @@ def test_the_default_configuration_fits_and_fills_the_gpu(processors: int, share
             assert keys < 1 << 15 or programs > processors // 2 or config.splits == 64
 
 
+@pytest.mark.parametrize("processors", [4, 16, 24, 60, 132])
+@pytest.mark.parametrize(("C", "H", "G"), [(32, 4, 1), (64, 2, 1), (32, 16, 2), (64, 32, 8)])
+def test_a_gpu_holds_all_programs_of_a_sum(processors: int, C: int, H: int, G: int) -> None:
+    """They wait for each other."""
+    assert choose(1, C, H, G, 128, 1 << 15, 2, 2, processors, 227 << 10).splits <= processors
+
+
 @pytest.mark.parametrize(
     ("B", "C", "G", "keys", "kv_bytes", "tile"),
     [

@@ -100,7 +100,7 @@ def choose(
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
     tiles = -(-rows // config.BM)
     if config.BM > 16 and splits > 1 and tiles > 1 and not fp8 and tiles * keys >= CROWD * 2 * splits:
-        splits = min(2 * splits, MOST_SPLITS)  # tiles of the same keys share them in L2
+        splits = min(2 * splits, MOST_SPLITS, power_of_two(processors + 1) // 2)  # tiles of the same keys share L2
     config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))
     return tuned("attention", (rows, B * G, D, power_of_two(keys), q_bytes, kv_bytes), config, fits)
 
