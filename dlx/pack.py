@@ -229,7 +229,7 @@ def read(folder: Path, wanted: Key) -> Files:
     """The files of a pack. Raises OSError or ValueError if it is damaged or of another key."""
     manifest = json.loads((folder / MANIFEST).read_bytes())
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise ValueError(f"its manifest is not of schema {SCHEMA}")
+        raise ValueError(f"its manifest is not of schema {SCHEMA}; pack again")
     facts, named = manifest.get("key"), manifest.get("files")
     if not isinstance(facts, dict) or not isinstance(named, dict) or EXPORTS not in named:
         raise ValueError("its manifest lacks a key or files")

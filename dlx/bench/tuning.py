@@ -72,7 +72,7 @@ def searched(
 ) -> Iterator[tuple[Ask, Any, dict[str, float], dict[Any, float]]]:
     """What a forward asks for and is not done yet: the ask, the winner, milliseconds a forward, of each tried."""
     how = How(graphs="off")
-    worker = scene.worker(how, longest(scene, how, FORWARDS * (LAST + 3), 0))
+    worker = scene.worker(how, longest(scene, how, 2 * FORWARDS * (LAST + 2), 0))
     chosen: dict[Key, Any] = {}
     with there(worker.device):
         at = stand(worker, scene)
