@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as one graph, or a graph a turn
 ALIASING = "check_custom_op_aliasing"  # a setting of torch; not of every version
+MOST_GRAPHS = 1 << 16  # of one function and process
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
 
 
@@ -160,9 +161,9 @@ def compiled(fn: Callable[..., Any], numbered: bool = False, **settings: Any) ->
         inductor["triton.descriptive_names"] = False
 
     def run(*args: Any) -> Any:
-        # one function is compiled once a bucket: more often than Dynamo's default limit expects
+        # one function is compiled once a bucket of each engine of the process: Dynamo's limits expect a few
         with (
-            torch._dynamo.config.patch(recompile_limit=64),
+            torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS),
             torch._inductor.config.patch(inductor),
             torch._functorch.config.patch(unchecked),
         ):
