@@ -161,6 +161,7 @@ def key(worker: Worker) -> Key:
         "forwards": config.forwards,
         "adapters": sorted({f"{n.split('.', 2)[2]} {tuple(x.shape)}" for n, x in adapted}),
         "kv_dtype": str(config.kv_dtype),
+        "torch's settings": [str(torch.get_default_dtype()), torch.are_deterministic_algorithms_enabled()],
         "pages": {"num_pages": worker.num_pages, "page_size": shapes.S, "of a row": shapes.W},
     }
     return json.loads(json.dumps(facts))

@@ -19,6 +19,7 @@ from dlx.models.dense import wide
 
 log = logging.getLogger(__name__)
 
+COMPARED = 1 << 26  # bytes of a tensor up to which what is written to it is compared: less than K/V pages
 MADE = re.compile(r"^(\w+) = async_compile\.", re.MULTILINE)
 # of a source: what makes its kernels; imports and comments; what measures it
 NEEDLESS = (
@@ -45,7 +46,7 @@ class Recorder:
 
         def run(*args: Any) -> Any:
             results = ready(*args)
-            self._keep(args or fn, results if args else ())
+            self._keep(args or fn, len(results) if args else 0)
             return results
 
         return run
@@ -72,8 +73,8 @@ class Recorder:
 
         return compile_fx(gm, examples, inner_compile=inner)
 
-    def _keep(self, root: object, results: tuple[Tensor, ...]) -> None:
-        """Export what was compiled just now, unless it is known, and see that it returns the same."""
+    def _keep(self, root: object, results: int) -> None:
+        """Export what was compiled just now, unless it is known, and see that it gives and writes the same."""
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         tensors, name = reached(root)
@@ -81,16 +82,33 @@ class Recorder:
             return
         self._met.add(name)
         try:
+            graph, inputs = self._first.pop()
             if not name:
                 raise RuntimeError("it has code that is not of dlx, and may change unseen")
-            export = exported(*self._first.pop(), tensors)
-            tried = loaded(export, lambda file: Path(cache_dir(), file.removeprefix("inductor/")))(tensors)
-            if not all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(tried, results, strict=True)):
-                raise RuntimeError("it returns something else")
+            export = exported(graph, inputs, tensors)
+            run = loaded(export, lambda file: Path(cache_dir(), file.removeprefix("inductor/")))
+            written = [inputs[i] for i in graph.mutated_input_idxs if inputs[i].nbytes <= COMPARED]
+            before = [x.clone() for x in written]
+            want = outcome(lambda: graph.current_callable(list(inputs)), written, before)
+            if len(want) - len(written) != results:  # of which Dynamo makes something: its code is no part of the graph
+                raise RuntimeError(f"it gives {len(want) - len(written)} tensors, where {results} are taken")
+            if not all(map(same, outcome(lambda: run(tensors), written, before), want)):
+                raise RuntimeError("it gives or writes something else")
             self.exports[name] = export
         except FAULT as error:
             log.warning("a graph is left out of the exports, for %s: %s", type(error).__name__, error)
             self.left_out += 1
+
+
+def outcome(run: Callable[[], tuple[Tensor, ...]], written: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """What a run gives and what is written then, where it was as `before`."""
+    for x, kept in zip(written, before, strict=True):
+        x.copy_(kept)
+    return [*run(), *(x.clone() for x in written)]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), 0, 0, equal_nan=True)
 
 
 def exported(graph: Any, inputs: list[Tensor], tensors: list[Tensor]) -> Export:

@@ -19,7 +19,7 @@ from dlx import caches, exports, recorder
 from dlx.exports import Export, Exports, reached
 from dlx.graphs.capture import compiled
 from dlx.models.layers import RMSNorm
-from dlx.recorder import Recorder
+from dlx.recorder import Recorder, exported
 
 CPU = torch.device("cpu")
 HIDDEN = torch.ones(4)
@@ -143,7 +143,11 @@ def test_a_shared_object_that_is_damaged_is_told_of(
 
 @pytest.mark.parametrize(
     ("fn", "why"),
-    [(grown_by_what_is_hidden, "1 of its inputs"), (told, "shorter"), (grown_by_others, "not of dlx")],
+    [
+        (grown_by_what_is_hidden, "1 of its inputs"),
+        (told, "gives 1 tensors, where 0 are taken"),
+        (grown_by_others, "not of dlx"),
+    ],
 )
 def test_what_cannot_be_exported_is_left_out_and_keeps_torchs_artefacts(
     made: Made,
@@ -174,6 +178,21 @@ def test_what_cannot_be_exported_is_left_out_and_keeps_torchs_artefacts(
         caches.fill(files, CPU)
         compiled(partial(fn, pair()), numbered=True)()
     assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
+def test_an_export_that_writes_something_else_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turned(*args: Any) -> Export:
+        export = exported(*args)
+        return export._replace(inputs=export.inputs[::-1])
+
+    monkeypatch.setattr(recorder, "exported", turned)
+    with caches.empty(tmp_path):
+        record = Recorder()
+        record.graph(partial(grown, Pair(torch.ones(4), torch.arange(4.0)), 2))()
+    assert (record.left_out, record.exports) == (1, {})
+    assert "writes something else" in warnings(caplog)[0]
 
 
 def test_views_of_one_memory_that_are_written_are_left_out(made: Made, tmp_path: Path) -> None:
