@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlx.bench.arguments import asked
+from dlx.bench.tuning import scenes
 from dlx.bench.tuning import tune as within
-from dlx.errors import ConfigError, DlxError
+from dlx.errors import DlxError
 from dlx.ops import tuned
 from dlx.ops.bench.__main__ import SUITES
 from dlx.ops.bench.shapes import SHAPES
@@ -39,13 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = shlex.join(["python", "tools/tune.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if args.block and args.rows:
-            raise ConfigError(
-                f"--rows {args.rows[0]} does not suit --block {args.block}, whose step has its own; leave one out"
-            )
         if args.block:
-            scenes = [asked(shape, args.block, 1, args.context, args.requests, accept=4) for shape in args.shape]
-            within(scenes, args.op, args.budget_s, args.folder, args.trials, command)
+            steps = scenes(args.shape, args.block, args.context, args.requests, args.rows or ())
+            within(steps, args.op, args.budget_s, args.folder, args.trials, command)
             return 0
         run(args.op, args.shape, args.rows or (), args.budget_s, args.folder, args.trials, command)
     except DlxError as error:

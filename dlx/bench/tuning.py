@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlx.bench.arguments import asked as named
 from dlx.bench.calls import calls
 from dlx.bench.clock import there
 from dlx.bench.forward import longest
@@ -33,6 +34,13 @@ ROUNDS, LAST = 3, 9  # replays of a search, and of the last comparison
 GAIN = 0.998  # of a forward's time: what is less is noise; an op is a part of it
 Key = tuple[str, tuple[int, ...]]
 Again = Callable[[], object]
+
+
+def scenes(names: Sequence[str], block: int, context: int, requests: int, rows: Sequence[int]) -> list[Scene]:
+    """Those of these shapes. Raises ConfigError  for rows too: a step has its own"""
+    if rows:
+        raise ConfigError(f"--rows {rows[0]} does not suit --block {block}, whose step has its own; leave one out")
+    return [named(name, block, 1, context, requests, accept=4) for name in names]
 
 
 def tune(

@@ -202,7 +202,7 @@ def tune(
 ) -> None:
     """Search launch configurations of the kernels on this GPU, and record them."""
     set_logging(debug)
-    from dlx.bench.arguments import asked as scene
+    from dlx.bench.tuning import scenes
     from dlx.bench.tuning import tune as within
     from dlx.ops.bench.__main__ import SUITES
     from dlx.ops.bench.shapes import SHAPES
@@ -212,11 +212,8 @@ def tune(
     for what, names, known in (("op", op, SUITES), ("shape", shape, SHAPES)):
         if wrong := [name for name in names or () if name not in known]:
             raise ConfigError(f"--{what} {wrong[0]} is unknown; use one of {', '.join(known)}")
-    if block and rows:
-        raise ConfigError(f"--rows {rows[0]} does not suit --block {block}, whose step has its own; leave one out")
     ops, names, target = op or [*SUITES], shape or [*SHAPES], folder or recorded()
     if block:
-        scenes = [scene(name, block, 1, context, requests, accept=4) for name in names]
-        within(scenes, ops, budget_s, target, trials, command(), json)
+        within(scenes(names, block, context, requests, rows or ()), ops, budget_s, target, trials, command(), json)
     else:
         run(ops, names, rows or (), budget_s, target, trials, command(), json)
