@@ -18,6 +18,7 @@ from dlx.config import Config, bind, buckets, geometry
 from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
+from dlx.graphs.either import LONG, Either, each
 from dlx.graphs.step import Ids, step_
 from dlx.models.card import Card
 from dlx.models.gemma.network import DiffusionGemma
@@ -79,7 +80,7 @@ class Worker:
             self._allocate_rows()
             most, graphs = config.max_num_seqs * self.shapes.W, 0
             if config.graphs == "capture":
-                scopes = 1 if turn is None else len(turn.scopes)
+                scopes = 2 if turn is None else len(turn.scopes)  # an Either is two
                 graphs = scopes * len(self.shapes.rows) + len(self.shapes.tokens)
             self.num_pages = config.num_pages or memory.pages(
                 self.device, each, most, self.shapes.W, config.gpu_memory_utilization, graphs, self._rehearse
@@ -105,7 +106,7 @@ class Worker:
             if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
-                self._step(loop.rows(self.sent, B), scope, C)[0]()
+                each(lambda step: step(), self._step(loop.rows(self.sent, B), scope, C)[0])
             self.kv = ()
 
     def _allocate_rows(self) -> None:
@@ -253,11 +254,11 @@ class Worker:
             self.buf.done.fill_(True)
             sent = loop.rows(self.sent, B)
             step, busy = self._step(sent, scope, C)
-            step = marked(step) if self.config.graphs == "off" else step
+            step = each(marked, step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
                     begin = partial(loop.begin_, sent, buffer.rows(self.buf, B), busy)
-                    turn = partial(loop.turn_, step, busy, sent)
+                    turn = each(lambda step: partial(loop.turn_, step, busy, sent), step)
                     self.graphs.add_loop(key, begin, turn, sent, self.config.unroll)
                 else:
                     self.graphs.add(key, step)
@@ -265,7 +266,7 @@ class Worker:
                 self.buf.done.copy_(done)
         return key
 
-    def _step(self, sent: loop.Launch, scope: int, C: int) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    def _step(self, sent: loop.Launch, scope: int, C: int) -> tuple[Callable[..., None] | Either, Callable[[], Tensor]]:
         """One forward of the first rows, those of `sent`, and who of them takes part in it."""
         out, B = sent.step, len(sent.step)
         view = buffer.rows(self.buf, B)
@@ -279,6 +280,8 @@ class Worker:
             step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, soft, self.kv, out)
         else:
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
+            if self.L >= LONG and not self.config.batch_invariant:  # other rows must not decide how one is computed
+                step = Either(step, partial(step, commits=False), view.whole, view.done)
         return step, partial(loop.running, view)
 
 

@@ -67,11 +67,11 @@ def line(name: str, run: Run) -> str:
         return f"{said}failed: {run['failed']}"
     if "needs_bytes" in run:
         return f"{said}{run['needs_bytes'] / 1e9:.0f} GB of weights do not fit"
-    if "ms_per_forward" in run:
+    if ms := run.get("ms_per_forward"):
         experts, answer = run["experts_touched"], run["answer"]
         touched = f"{experts['mean']:.1f} of {experts['of']} experts a layer, " if experts else ""
         said += (
-            f"{run['ms_per_forward']['p50']:.3f} ms a forward, floor {run['floor_ms']:.3f}, ratio {run['ratio']:.3f}, "
+            f"{ms.get('mean', ms['p50']):.3f} ms a forward, floor {run['floor_ms']:.3f}, ratio {run['ratio']:.3f}, "
             f"{touched}prefill of {run['prefill']['tokens']} {run['prefill']['ms']['p50']:.2f} ms, {answer['tokens']} "
             f"tokens in {answer['nfe']} forwards, peak {run['peak_gib']:.1f} GiB, graphs {run['graphs_s']:.0f} s; "
         )

@@ -67,12 +67,16 @@ def names(net: torch.nn.Module) -> dict[int, str]:
 
 
 @torch.no_grad()
-def calls(at: Stand) -> list[Call]:
-    """The calls of one forward, in order, from running it eagerly on the rows as they stand."""
+def calls(at: Stand, wide: bool | None = None) -> list[Call]:
+    """The calls of one forward, in order, from running it eagerly on the rows as they stand.
+
+    wide  which of an Either; None: as the rows ask
+    """
     worker = at.worker
     ready, plan = worker.graphs, at.scheduler.plan()
     assert plan is not None, "rows run"
     worker.graphs = Graphs("off", worker.device)
+    worker.graphs.wide = wide
     try:
         with Calls(names(worker.net)) as noted:
             worker.launch(plan)

@@ -24,7 +24,7 @@ WARM = 5  # forwards before those that are timed, at least one launch
 LAUNCHES = 3  # that are timed at least
 IDLE = (
     "share = 1 - device / wall: wall is the host's clock over launches as the engine sends them (plan, launch, harvest "
-    "one launch behind), device the median of the same forward replayed alone with no host in between, by device "
+    "one launch behind), device the mean of the same forward replayed alone with no host in between, by device "
     "events; outside_share = 1 - launches / wall: launches is their time on the device by events around each, in the "
     "same stretch; both per forward"
 )
@@ -114,7 +114,7 @@ def decoding(worker: Worker, scene: Scene, steps: int, bandwidth: float) -> dict
         "loop": loop(worker, at.key),
         "tokens_per_forward": done.tokens_per_forward,
         "tokens_per_s": done.tokens_per_forward * done.nfe / done.wall_s,
-        "idle": idle(statistics.median(alone) if found else None, done, found),
+        "idle": idle(statistics.fmean(alone) if found else None, done, found),
         "host_syncs": done.syncs,
         "graphs_s": ready_s,
         **kernels(worker, at.key, found),
@@ -122,16 +122,19 @@ def decoding(worker: Worker, scene: Scene, steps: int, bandwidth: float) -> dict
 
 
 def speed(ms: list[float], need: dict[str, int], bandwidth: float) -> dict[str, Any]:
-    """Milliseconds a forward beside its floor: the bytes that it must read ÷ the bandwidth of the same run."""
-    times = spread(ms)
+    """Milliseconds a forward beside its floor: the bytes that it must read ÷ the bandwidth of the same run.
+
+    Their mean counts: forwards in which a block commits take longer than the others (`graphs/either.py`).
+    """
+    times = {"mean": statistics.fmean(ms), **spread(ms)}
     floor_ms, with_kv_ms = need["weights"] / bandwidth * 1e3, sum(need.values()) / bandwidth * 1e3
     return {
         "ms_per_forward": times,
         "floor_bytes": need,
         "floor_ms": floor_ms,
-        "ratio": times["p50"] / floor_ms,
+        "ratio": times["mean"] / floor_ms,
         "floor_with_kv_ms": with_kv_ms,
-        "ratio_with_kv": times["p50"] / with_kv_ms,
+        "ratio_with_kv": times["mean"] / with_kv_ms,
     }
 
 
@@ -163,7 +166,7 @@ def kernels(worker: Worker, key: Hashable, found: Trace | None) -> dict[str, Any
         return {"kernels_per_step": None, "kernels_per_layer": None, "kernels": None}
     table, asks = found.table(), int(worker.graphs.routes.get(key) == "while")
     return {
-        "kernels_per_step": sum(row["n"] for row in table) + asks,
+        "kernels_per_step": round(sum(row["n"] for row in table)) + asks,
         "kernels_per_layer": a_layer(table, worker.card.layers),
         "kernels": table,
     }

@@ -59,7 +59,8 @@ def _binding(roof: Record) -> str:
 def _forward(r: Record) -> str:
     ms = r["ms_per_forward"]
     return (
-        f"{ms['p50']:.3f} ms a forward (p99 {ms['p99']:.3f}), floor {r['floor_ms']:.3f} ms, ratio {r['ratio']:.3f} "
+        f"{ms['mean']:.3f} ms a forward (p50 {ms['p50']:.3f}, p99 {ms['p99']:.3f}), "
+        f"floor {r['floor_ms']:.3f} ms, ratio {r['ratio']:.3f} "
         f"(with K/V {r['floor_with_kv_ms']:.3f}, {r['ratio_with_kv']:.3f})"
     )
 

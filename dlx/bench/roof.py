@@ -57,6 +57,7 @@ def roofline(scene: Scene, how: How, command: str) -> dict[str, Any]:
             ms = spread(intervals(at.turn, STEPS, worker.device))
             run = trace(at.turn) if on_gpu else None
         at.rewind()
+        at.plain()
         found = calls(at)
         wanted = launched(found) if run else None
     rows = table(found, rates, run, wanted)

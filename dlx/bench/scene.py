@@ -21,6 +21,7 @@ from dlx import weights
 from dlx.bench.clock import Replays, counted_syncs
 from dlx.config import Config
 from dlx.errors import ConfigError
+from dlx.graphs.either import commits
 from dlx.graphs.policies import POLICIES, Policy, named
 from dlx.graphs.rules import Fixed
 from dlx.models.card import Card
@@ -145,6 +146,13 @@ class Stand(NamedTuple):
     def turn(self) -> None:
         """One forward alone, as the launch holds it."""
         self.worker.graphs.turn(self.key)
+
+    def plain(self) -> None:
+        """Run forwards until no block only commits, as in most, or those of a block; waits for the device."""
+        buf = self.worker.buf
+        for _ in range(self.worker.L):
+            if commits(buf.whole, buf.done):
+                self.turn()
 
     def leave(self) -> None:
         """Drop the requests: their slots are free."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
+
+from dlx.graphs.nodes import CHOICE
 
 CALLS = 8  # that are traced
 NAME = 120  # characters of a kernel's name in a record
@@ -38,18 +41,27 @@ class Trace(NamedTuple):
     kernels: list[Owned]
     n: int
 
-    def steps(self) -> list[list[Owned]]:
-        """Those of each call; [] if the calls do not have the same: the trace has lost some."""
+    def calls(self) -> list[list[Owned]]:
+        """Those of each call; [] if they cannot be told apart: the trace has lost some."""
         each, rest = divmod(len(self.kernels), self.n)
-        if rest or not each:
+        starts = [i for i, k in enumerate(self.kernels) if k.name.startswith(CHOICE)]
+        if not starts and each and not rest:
+            starts = [*range(0, len(self.kernels), each)]
+        if len(starts) != self.n or starts[0]:
             return []
-        parts = [self.kernels[i : i + each] for i in range(0, len(self.kernels), each)]
-        same = all([k.name for k in part] == [k.name for k in parts[0]] for part in parts)
-        return parts if same else []
+        return [self.kernels[i:end] for i, end in zip(starts, [*starts[1:], None], strict=True)]
+
+    def steps(self) -> list[list[Owned]]:
+        """Those of the calls of the commonest kind; [] where calls differ that have no choice."""
+        kinds = Counter(tuple(k.name for k in call) for call in self.calls())
+        if len(kinds) > 1 and not self.kernels[0].name.startswith(CHOICE):
+            return []
+        ((common, _),) = kinds.most_common(1) or [((), 0)]
+        return [call for call in self.calls() if tuple(k.name for k in call) == common]
 
     def between_us(self) -> float | None:
         """The mean gap between the last kernel of a call and the first of the next."""
-        gaps = [step[0].gap_us for step in self.steps()[1:]]
+        gaps = [call[0].gap_us for call in self.calls()[1:]] if self.steps() else []
         return sum(gaps) / len(gaps) if gaps else None
 
     def within_us(self) -> float:

@@ -85,7 +85,7 @@ def searched(
     with there(worker.device):
         at = stand(worker, scene)
         wanted = {key: each for key, each in asks(at, ops).items() if key not in done}
-        for i, (key, (ask, again)) in enumerate(wanted.items()):
+        for i, (key, (ask, again, worker.graphs.wide)) in enumerate(wanted.items()):
             now, known = time.monotonic(), recorded(*ask)
             took = partial(timed_under, at, chosen, key, again, results(again, chosen))
             config, times = search(ask, took, now + (deadline - now) / (len(wanted) - i), known, GAIN)
@@ -97,12 +97,14 @@ def searched(
             yield ask, config, {"step_ms": round(best, 4), "default_step_ms": round(own, 4)}, times
 
 
-def asks(at: Stand, ops: Collection[str]) -> dict[Key, tuple[Ask, Again]]:
-    """What the calls of these ops in one forward ask for, and a call that asks for it."""
-    out: dict[Key, tuple[Ask, Again]] = {}
-    for call in calls(at):
-        for ask in asked(lambda _, again=call.again: again()) if call.op in ops else ():
-            out.setdefault((ask.op, ask.key), (ask, call.again))
+def asks(at: Stand, ops: Collection[str]) -> dict[Key, tuple[Ask, Again, bool]]:
+    """What the calls of these ops in one forward ask for, a call that asks for it, and of which forward it is: the one
+    in which no block commits, or the wide one."""
+    out: dict[Key, tuple[Ask, Again, bool]] = {}
+    for wide in (False, True):
+        for call in calls(at, wide):
+            for ask in asked(lambda _, again=call.again: again()) if call.op in ops else ():
+                out.setdefault((ask.op, ask.key), (ask, call.again, wide))
     return out
 
 

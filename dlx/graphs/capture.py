@@ -6,14 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from triton.errors import TritonError
 
 from dlx.errors import ConfigError
-from dlx.graphs.loop import Launch, WhileGraph, unrolled
+from dlx.graphs.either import Either, commits, each
+from dlx.graphs.loop import Launch, unrolled
 from dlx.graphs.modes import Mode
+from dlx.graphs.nodes import Nodes
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,7 @@ Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as o
 ALIASING = "check_custom_op_aliasing"  # a setting of torch; not of every version
 MOST_GRAPHS = 1 << 16  # of one function and process
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
+REFUSED = (ImportError, AttributeError, RuntimeError, TritonError)  # what a driver without conditional nodes raises
 
 
 class Graphs:
@@ -34,6 +38,7 @@ class Graphs:
             raise ConfigError(f"graphs='capture' needs a CUDA device, not {device}; use 'compile' or 'off'")
         self.mode = mode
         self.device = device
+        self.wide = None if device.type == "cpu" else True  # which of an Either the host runs; None: as the rows ask
         self.compiled: Callable[[Callable[[], None]], Callable[[], Any]] = compiled  # a pack brings another
         self._run: dict[Hashable, Callable[[], None]] = {}
         self._turns: dict[Hashable, Callable[[], None]] = {}  # of loops
@@ -46,50 +51,82 @@ class Graphs:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._run
 
-    def add(self, key: Hashable, fn: Callable[[], None]) -> None:
+    def add(self, key: Hashable, fn: Callable[[], None] | Either) -> None:
         """Make `fn` replayable as `key`. Add the largest first: smaller graphs reuse its memory."""
         began = time.monotonic()
-        if self.mode == "off":
-            self._run[key] = fn
+        ready = self._compiled(fn)
+        host = self._by_host(ready)
+        if self.mode != "capture":
+            self._run[key] = host
             return
-        ready = self.compiled(fn)
-        if self.mode == "compile":
-            self._run[key] = ready
-            return
-        with self._or(key, ready):
-            self._run[key] = self._graph(ready).replay
+        with self._or(key, host):
+            self._run[key] = self._joined(each(self._graph, ready))
             log.info("captured %s in %.1f s", key, time.monotonic() - began)
 
     def add_loop(
-        self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None], launch: Launch, unroll: bool
-    ) -> None:
+        self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None] | Either, launch: Launch, unroll: bool
+    ) -> None:  # fmt: skip
         """Make a launch of several turns replayable as `key`; `unroll` keeps the turns apart, for profiles."""
         self.routes[key] = "unrolled"
-        if self.mode != "off":
-            begin, turn = self.compiled(begin), self.compiled(turn)
+        begin, turn = self._compiled(begin), self._compiled(turn)
+        host = self._by_host(turn)
         if self.mode != "capture":
-            self._run[key], self._turns[key] = unrolled(begin, turn, launch), turn
+            self._run[key], self._turns[key] = unrolled(begin, host, launch), host
             return
-        with self._or(key, unrolled(begin, turn, launch), turn):
+        with self._or(key, unrolled(begin, host, launch), host):
             self._capture_loop(key, begin, turn, launch, unroll)
 
+    def _compiled(self, fn: Any) -> Any:
+        """A function ready to run, or both of an Either: the one that is rare is compiled now, not when it comes."""
+        if self.mode == "off":
+            return fn
+        ready = each(self.compiled, fn)
+        if isinstance(ready, Either) and self.wide is None:
+            ready.wide()
+        return ready
+
+    def _by_host(self, turn: Callable[[], None] | Either) -> Callable[[], None]:
+        """A turn without a choice on the device, for whose rows the host would have to wait."""
+        if not isinstance(turn, Either):
+            return turn
+
+        def run() -> None:
+            wide = commits(turn.whole, turn.done) if self.wide is None else self.wide
+            (turn.wide if wide else turn.narrow)()
+
+        return run
+
     def _capture_loop(
-        self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None], launch: Launch, unroll: bool
-    ) -> None:
-        first, step = self._graph(begin, keep=True), self._graph(turn, keep=True)
+        self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None] | Either, launch: Launch, unroll: bool
+    ) -> None:  # fmt: skip
+        first, step = self._graph(begin), each(self._graph, turn)
+        alone = cache(lambda: self._joined(step))
+        self._turns[key] = lambda: alone()()
         if not unroll:
             try:
-                loop = WhileGraph(first, step, launch)
-            except (ImportError, AttributeError, RuntimeError, TritonError) as error:
+                loop = Nodes(step, first, launch)
+            except REFUSED as error:
                 log.warning("no loop on the device, turns are launched one by one: %s", error)
             else:
                 self._kept.append(loop)
                 self._run[key], self.routes[key] = loop.replay, "while"
-                self._turns[key] = step.replay  # instantiates the turn if it is asked for
                 return
         first.instantiate()
-        step.instantiate()
-        self._run[key], self._turns[key] = unrolled(first.replay, step.replay, launch), step.replay
+        self._run[key] = unrolled(first.replay, alone(), launch)
+
+    def _joined(self, turn: torch.cuda.CUDAGraph | Either) -> Callable[[], None]:
+        """A captured turn as one launch; the device chooses between the forwards of an Either."""
+        if isinstance(turn, Either):
+            try:
+                chosen = Nodes(turn)
+            except REFUSED as error:
+                log.warning("no choice on the device, so that all places are computed in each forward: %s", error)
+            else:
+                self._kept.append(chosen)
+                return chosen.replay
+        graph = turn.wide if isinstance(turn, Either) else turn
+        graph.instantiate()
+        return graph.replay
 
     def replay(self, key: Hashable) -> None:
         """Run the graph of `key` on the current stream."""
@@ -118,15 +155,15 @@ class Graphs:
         if key in self.dropped:
             torch.cuda.empty_cache()  # what the error held is free only now
 
-    def _graph(self, fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
-        """`fn` captured; `keep` leaves it to be instantiated, or to be put into another graph."""
+    def _graph(self, fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """`fn` captured, to be instantiated or to be put into another graph."""
         side = self._side = self._side or torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 fn()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph(keep_graph=keep)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # what other threads do meanwhile, with a model of their own, say, is none of the capture's business
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             fn()

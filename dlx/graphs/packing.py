@@ -47,7 +47,7 @@ def fitting(shown: Tensor, lead: Tensor, room: int) -> Tensor:
 
 
 class Every(NamedTuple):
-    """All places of every row, each row one row of queries."""
+    """The first places of every row, each row one row of queries."""
 
     pos: Tensor  # [B, places · L]  int32
     seen: Tensor  # [B, places · L]  int32
@@ -55,8 +55,8 @@ class Every(NamedTuple):
     lora: Tensor  # [B]              int32
 
     @staticmethod
-    def of(buf: BlockBuffer, taken: Tensor, given: Tensor | None) -> Every:
-        _, places, L = buf.tok.shape
+    def of(buf: BlockBuffer, taken: Tensor, given: Tensor | None, places: int) -> Every:
+        L = buf.tok.shape[2]
         pos, seen = OPS["positions"](buf.start, taken, L, places, given)
         return Every(pos, seen, buf.pages, buf.lora)
 
@@ -64,8 +64,8 @@ class Every(NamedTuple):
         return View(self.pos, self.pages, self.seen, lora=self.lora)
 
     def tokens(self, tok: Tensor) -> Tensor:
-        """[B, places, L, …] → [B, places · L, …]"""
-        return tok.flatten(1, 2)
+        """[B, N+1, L, …] → [B, places · L, …]"""
+        return tok[:, : self.pos.shape[1] // tok.shape[2]].flatten(1, 2)
 
     def places(self, h: Tensor, L: int) -> Tensor:
         """[B, places · L, E] → [B, places, L, E]"""
@@ -111,9 +111,9 @@ class Packed(NamedTuple):
         return h[self.seat]
 
 
-def layout(buf: BlockBuffer, taken: Tensor, room: int | None, given: Tensor | None) -> Every | Packed:
-    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or with all places.
+def layout(buf: BlockBuffer, taken: Tensor, room: int | None, given: Tensor | None, places: int) -> Every | Packed:
+    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or with so many places a row.
 
     given  [B] int32  None, or where each row's prompt ends, which sees itself whole; 0 if none of the row is computed
     """
-    return Every.of(buf, taken, given) if room is None else Packed.of(buf, taken, room, given)
+    return Every.of(buf, taken, given, places) if room is None else Packed.of(buf, taken, room, given)

@@ -47,6 +47,7 @@ def step_(
     kv: tuple[Tensor, ...],
     out: Tensor,
     at: Callable[[str], None] = silent,
+    commits: bool = True,
 ) -> None:
     """One denoise forward of every row, in place.
 
@@ -54,8 +55,9 @@ def step_(
     kv   one tensor a layer [2, P, S, G, D]; written
     out  [B, N·L + FACTS] int32, an Outbox packed; written
     at   told the verb of each part as it begins; for profiles of eager steps
+    commits  a row may have a block that only commits; if not, N places are computed (see graphs/either.py)
     """
-    new, outbox = denoise(policy, ids, net, buf, kv, at)
+    new, outbox = denoise(policy, ids, net, buf, kv, at, commits)
     for old, value in (*zip(buf[:-1], new[:-1], strict=True), *((old, new.mem[k]) for k, old in buf.mem.items())):
         if old is not value:
             old.copy_(value)
@@ -69,6 +71,7 @@ def denoise(
     buf: BlockBuffer,
     kv: tuple[Tensor, ...],
     at: Callable[[str], None] = silent,
+    commits: bool = True,
 ) -> tuple[BlockBuffer, Outbox]:
     """The rows after one forward, and what it committed; only `kv` is written."""
     B, places, L = buf.tok.shape
@@ -92,15 +95,14 @@ def denoise(
     # look: every open place is computed, if there is room; the N from `lead` (or 0) on may decode
     at("look")
     shown = torch.where(buf.done, 0, opened)
-    room = seats(B, policy.N, L)
+    room = seats(B, policy.N, L) if commits else None
     taken = shown if room is None else fitting(shown, lead, room)
     given = None
     if policy.full:  # what the window still has of the prompt sees all of the prompt, and nothing else
         given = torch.where(taken > 0, buf.ints[:, COUNTS.index("given")], 0)
-    there = layout(buf, taken, room, given)
+    there = layout(buf, taken, room, given, policy.N + commits)
     part = seat < taken[:, None]
-    ahead = lead > 0
-    cut = Cut(ahead)
+    cut = Cut(policy.N, lead > 0 if commits else None)
     before = torch.cat((torch.ones_like(progress[:, :1]), progress[:, :-1]), 1)
     tok, live = cut(buf.tok), (cut(part & ~buf.whole))[..., None] & ~cut(buf.held)
     accept, force_at, temp, edit, remask = (
@@ -147,28 +149,31 @@ def denoise(
     return new, Outbox(new.tok[:, :-1].flatten(1), n, age, why, new.start)
 
 
-class Cut:
+class Cut(NamedTuple):
     """The N of N + 1 places that may decode: from place 1 on where place 0 only commits, else from place 0 on."""
 
-    def __init__(self, ahead: Tensor) -> None:
-        self.ahead = ahead  # [B] bool
+    N: int
+    ahead: Tensor | None  # [B] bool  place 0 only commits; None: nowhere
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, N+1, …] → [B, N, …]"""
-        return torch.where(self._as(x), x[:, 1:], x[:, :-1])
+        """[B, N+1, …], or what was computed of it → [B, N, …]"""
+        early = x[:, : self.N]
+        return early if self.ahead is None else torch.where(_as(self.ahead, x), x[:, 1:], early)
 
     def back(self, x: Tensor, part: Tensor) -> Tensor:
         """x [B, N+1, …] with its N places replaced by `part` [B, N, …]."""
-        late = torch.cat((x[:, :1], part), 1)
         early = torch.cat((part, x[:, -1:]), 1)
-        return torch.where(self._as(x), late, early)
+        late = torch.cat((x[:, :1], part), 1)
+        return early if self.ahead is None else torch.where(_as(self.ahead, x), late, early)
 
-    def _as(self, x: Tensor) -> Tensor:
-        return self.ahead.view(-1, *[1] * (x.dim() - 1))
+
+def _as(row: Tensor, x: Tensor) -> Tensor:
+    """[B] of as many dims as x [B, …]."""
+    return row.view(-1, *[1] * (x.dim() - 1))
 
 
 def shifted(h: Tensor, last: Tensor) -> Tensor:
-    """h [B, N+1, L, E] moved on by a position: each has what was before it, the first one `last` [B, E]."""
+    """h [B, places, L, E] moved on by a position: each has what was before it, the first one `last` [B, E]."""
     return torch.cat((last[:, None], h.flatten(1, 2)[:, :-1]), 1).view_as(h)
 
 

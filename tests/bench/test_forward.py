@@ -33,10 +33,10 @@ def test_without_a_gpu_only_the_time_outside_of_launches_is_idle() -> None:
 
 
 def test_the_ratio_is_to_the_bytes_at_the_bandwidth_of_the_run() -> None:
-    found = speed([9.0, 7.0, 8.0], {"weights": 12_000_000, "kv": 4_000_000}, bandwidth=4e9)
+    found = speed([9.0, 8.0, 10.0, 7.0], {"weights": 12_000_000, "kv": 4_000_000}, bandwidth=4e9)
     assert found["floor_ms"] == pytest.approx(3.0) and found["floor_with_kv_ms"] == pytest.approx(4.0)
-    assert found["ratio"] == pytest.approx(8 / 3) and found["ratio_with_kv"] == pytest.approx(2.0)
-    assert found["ms_per_forward"] == {"p50": 8.0, "p99": 9.0, "n": 3}
+    assert found["ratio"] == pytest.approx(8.5 / 3) and found["ratio_with_kv"] == pytest.approx(8.5 / 4)
+    assert found["ms_per_forward"] == {"mean": 8.5, "p50": 8.5, "p99": 10.0, "n": 4}
 
 
 def test_a_record_holds_the_whole_measurement(nano: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_record_holds_the_whole_measurement(nano: Path) -> None:
     assert again["scene"]["shape"] == "nano" and again["policy"]["select"] == {"rule": "Fixed", "k": 4}
     assert again["ms_per_forward"]["n"] == 6
     assert again["tokens_per_forward"] == 4.0
-    assert again["ratio"] == pytest.approx(again["ms_per_forward"]["p50"] / again["floor_ms"])
+    assert again["ratio"] == pytest.approx(again["ms_per_forward"]["mean"] / again["floor_ms"])
     assert again["floor_ms"] == pytest.approx(again["floor_bytes"]["weights"] / again["read_gbps"] / 1e6)
     # 5 + 6 forwards of 4 tokens behind 64: two blocks are full, and the third is under way
     assert again["floor_bytes"]["kv"] == 3 * 2 * 32 * 4 * (2 * (64 + (64 + 2 * 16)) // 2)

@@ -32,13 +32,13 @@ def test_the_bytes_of_a_step_are_those_counted_by_hand(nano: Path) -> None:
     scene = Scene(nano, block=16, context=64, requests=2, accept=4)
     rows = {(r["op"], r["of"]): r for r in roofline(scene, CPU, "python bench")["rows"]}
     E, F, H, G, D, V, layers = 96, 256, 3, 1, 32, 320, 3  # tests/data/nano/config.json
-    T = 2 * 2 * 16  # rows · places · L
+    T = 2 * 1 * 16  # rows · places that decode · L
     qkv = (H + 2 * G) * D
     assert rows["project", "attn.qkv"]["bytes"] == layers * 4 * (qkv * E + T * E + T * qkv)
     assert rows["project", "mlp.gate_up"]["bytes"] == layers * 4 * (2 * F * E + T * E + T * F)
     assert rows["accumulate", "mlp.down"]["bytes"] == layers * 4 * (E * F + T * F + 3 * T * E)
     assert rows["accumulate", "attn.out"]["flops"] == layers * 2 * T * H * D * E
-    assert rows["candidates", "table"]["flops"] == 2 * (T // 2) * V * E
+    assert rows["candidates", "table"]["flops"] == 2 * T * V * E
     keys = 2 * (64 + 16)  # the block that decodes and all before it
     assert rows["attention", ""]["bytes"] == layers * 4 * (2 * T * H * D + 2 * keys * G * D)
 

@@ -32,7 +32,9 @@ def test_rows_decode_until_the_last_comparison_has_ended(nano: Path, monkeypatch
 
     def asks(at: Stand, _: object) -> dict[Any, Any]:
         stands.append(at)
-        return {("op", (n,)): (Ask("op", (n,), Launch(4), lambda _: True), lambda: torch.ones(1)) for n in (1, 2)}
+        return {
+            ("op", (n,)): (Ask("op", (n,), Launch(4), lambda _: True), lambda: torch.ones(1), n == 2) for n in (1, 2)
+        }
 
     def turns(graphs: Mapping[str, Any], n: int, rounds: int) -> dict[str, Took]:
         for each in (*graphs.values(),) * (1 + rounds):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class Ops(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def generated(worker: Worker, key: Hashable, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The body of the function that would run a graph."""
+def generated(make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The body of the first function that would run a graph."""
     codes: list[str] = []
     original = GraphLowering.codegen
 
@@ -56,7 +57,7 @@ def generated(worker: Worker, key: Hashable, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(GraphLowering, "codegen", codegen)
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(Exception, match="Read"):
-        worker.graphs.replay(key)
+        make()
     torch._dynamo.reset()
     return codes[0][codes[0].index("def call(") :]
 
@@ -81,7 +82,7 @@ def test_the_layers_are_one_op_and_the_cache_is_never_copied(
         nano, policy, "compile", device="cpu", max_num_seqs=1, max_model_len=2048, kv_cache_dtype=kind
     )
     worker = Worker(config)
-    code = generated(worker, worker._step_graph(1), monkeypatch)
+    code = generated(partial(worker._step_graph, 1), monkeypatch)  # of all places, which are compiled first
     names = called(code)
     few = worker.L * (worker.policy.N + 1) <= 64
     layers = ["narrow_layers"] if few else ["wide_layers", *LAST]
@@ -92,15 +93,16 @@ def test_the_layers_are_one_op_and_the_cache_is_never_copied(
 
 def test_a_layer_is_six_kernels(nano: Path) -> None:
     worker = Worker(Config.from_args(nano, "single_bd", "off", device="cpu", max_num_seqs=1, max_model_len=256))
-    step, _ = worker._step(loop.rows(worker.sent, 1), 0, 0)
-    with torch.no_grad(), Ops() as ran:
-        step()
-    assert ran.names == ["positions", *LAYER * worker.card.layers, "candidates"]
+    both, _ = worker._step(loop.rows(worker.sent, 1), 0, 0)
+    for step in (both.wide, both.narrow):
+        with torch.no_grad(), Ops() as ran:
+            step()
+        assert ran.names == ["positions", *LAYER * worker.card.layers, "candidates"]
 
 
 def test_the_last_layer_of_a_prompt_only_stores(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(Config.from_args(nano, "single_bd", "compile", device="cpu", max_num_seqs=1, max_model_len=2048))
-    code = generated(worker, worker._prefill_graph(512), monkeypatch)
+    code = generated(lambda: worker.graphs.replay(worker._prefill_graph(512)), monkeypatch)
     names = [name for name in called(code) if name != "cpp_fused"]
     assert names == ["positions", "wide_layers", "extern_kernels", "kv_store"]
     assert largest(code) < worker.kv[0].numel()

@@ -272,7 +272,9 @@ def test_a_step_that_is_compiled_has_no_ranges(nano: Path, monkeypatch: pytest.M
     w = worker.Worker(config)
     monkeypatch.setattr(w.graphs, "add", lambda key, fn: made.append(fn))
     w._step_graph(1)
-    assert made[0].func is step_ and not made[0].keywords
+    (both,) = made
+    assert both.wide.func is both.narrow.func is step_
+    assert (both.wide.keywords, both.narrow.keywords) == ({}, {"commits": False})
 
 
 def test_the_command_prints_the_table(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
