@@ -3,8 +3,9 @@
     profiles/kernels/<gpu>/<op>.json   {"schema": 1, "op": …, "gpu": …, "default": {…} or null,
                                         "configs": [{"key": [rows, …], "config": {field: value}, …}], "made": {…}}
 
-A look-up takes the exact key, else the next smaller first number (rows) with the rest of the key equal, else a file's
-default, else the code's; of two files, this GPU's before that of a GPU of the same processor. What a file holds may
+A look-up takes the exact key, else the nearest first number (rows) with the rest of the key equal: any smaller one, or
+twice as much at most; else a file's default, else the code's; of two files, this GPU's before that of a GPU of the same
+processor. What a file holds may
 only make a kernel faster or slower: no field of a configuration changes a result beyond the order in which the parts of
 a reduction are added. So a file that cannot be read, is of another GPU, op or schema, or holds an impossible entry is
 told of once, and passed over.
@@ -63,12 +64,12 @@ def found(op: str, key: tuple[int, ...], default: L, fits: Callable[[L], bool]) 
         (rows, path, config)
         for path, records in zip(paths, files, strict=True)
         for rows, config in records.configs.get(key[1:], {}).items()
-        if rows <= key[0]
+        if rows <= 2 * key[0]
     ]
-    for rows, path, config in sorted(some, key=lambda each: -each[0]):
+    for rows, path, config in sorted(some, key=lambda each: (max(each[0] / key[0], key[0] / each[0]), each[0])):
         if fits(config):
             return config
-        if rows == key[0]:  # one for fewer rows need not suit these
+        if rows == key[0]:  # one for other rows need not suit these
             tell(path)(f"its configuration for {(rows, *key[1:])} does not fit this GPU")
     for path, records in zip(paths, files, strict=True):
         if records.default is not None:

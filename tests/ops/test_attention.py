@@ -178,18 +178,19 @@ def test_an_h200_gets_the_tiles_that_were_measured(
 @pytest.mark.parametrize(
     ("C", "H", "G", "keys", "splits"),
     [
-        (64, 32, 8, 4512, 16),  # four tiles of queries read the same keys
-        (64, 32, 8, 30432, 16),
-        (64, 28, 4, 16800, 16),
-        (32, 32, 8, 16736, 32),  # two tiles
-        (32, 32, 8, 8224, 16),  # of too few keys
-        (64, 32, 32, 3488, 8),  # one tile
+        (64, 32, 8, 4512, 8),  # four tiles of queries
+        (64, 32, 8, 16800, 8),
+        (32, 32, 8, 16800, 16),  # two
+        (32, 32, 8, 4512, 16),
+        (64, 32, 32, 3488, 8),
         (8, 32, 8, 16688, 16),  # tiles of 16 rows
+        (16, 32, 8, 1376, 4),  # also where few of them are short
+        (32, 16, 4, 1440, 4),
+        (32, 16, 8, 1440, 4),
+        (32, 32, 8, 1440, 1),
     ],
 )
-def test_an_h200_splits_long_contexts_as_was_fastest_in_the_step(
-    C: int, H: int, G: int, keys: int, splits: int
-) -> None:
+def test_an_h200_splits_as_was_fastest_in_the_step(C: int, H: int, G: int, keys: int, splits: int) -> None:
     assert choose(1, C, H, G, 128, keys, 2, 2, 132, 227 << 10).splits == splits
 
 

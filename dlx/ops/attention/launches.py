@@ -14,7 +14,6 @@ from dlx.ops.op import DEBUG, launch_options, locks, need, power_of_two, process
 from dlx.ops.tuned import tuned
 
 MOST_SPLITS = 64
-CROWD = 1024  # keys of a split × tiles of queries that read them, above which twice the splits are faster in a step
 SHORT = 2048  # keys up to which sums over splits cost more than keys that are read by several programs
 WGMMA_BYTES = 200 << 10  # GPUs with more shared memory a program than this have matmuls that read it (sm_90)
 LOG2_E = 1.4426950408889634
@@ -67,7 +66,8 @@ def choose(
     again = shorter or (short and rows > 32)
     again = again and (5 if shorter else 3) * programs(16) >= processors
     alone = many or again
-    if again and not many:
+    some = short and rows > 32 and not alone and not fp8  # programs of 16 rows with a few splits, one a processor
+    if some or (again and not many):
         BM, BN = 16, deep
     elif not many:
         BM = 16 if rows <= 32 else min(BM, 64)
@@ -95,13 +95,10 @@ def choose(
         for stages in pipelines(m, n)
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
-    room = 1 if alone else 2 * processors
+    room = 1 if alone else processors if some else 2 * processors
     most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs(config.BM))
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
-    tiles = -(-rows // config.BM)
-    if config.BM > 16 and splits > 1 and tiles > 1 and not fp8 and tiles * keys >= CROWD * 2 * splits:
-        splits = min(2 * splits, MOST_SPLITS, power_of_two(processors + 1) // 2)  # tiles of the same keys share L2
-    config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 128 or fp8))
+    config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 64 or fp8))
     return tuned("attention", (rows, B * G, D, power_of_two(keys), q_bytes, kv_bytes), config, fits)
 
 
