@@ -108,15 +108,16 @@ def read(number: int, text: str, params: SamplingParams, raw: bool) -> Line:
     merged = replace(params, **{name: tupled(one) for name, one in own.items()})
     merged.check()
     prompt = value.get("prompt", value.get("messages"))
-    if isinstance(prompt, str):
+    if "messages" in value:
+        if not (prompt and isinstance(prompt, list) and all(map(is_message, prompt))):
+            raise RequestError('messages is no list of {"role": …, "content": …}')
+        for message in prompt:
+            loading.encoded(message["content"])
+    elif isinstance(prompt, str):
         loading.checked(prompt)
         prompt = prompt if raw else [{"role": "user", "content": prompt}]
-    elif "prompt" in value and not (isinstance(prompt, list) and all(type(one) is int for one in prompt)):
+    elif not (isinstance(prompt, list) and all(type(one) is int for one in prompt)):
         raise RequestError("prompt is neither text nor a list of ids")
-    elif "messages" in value and not (prompt and isinstance(prompt, list) and all(map(is_message, prompt))):
-        raise RequestError('messages is no list of {"role": …, "content": …}')
-    for message in value.get("messages", ()):
-        loading.encoded(message["content"])
     return Line(number, value.get("id"), prompt, merged)
 
 

@@ -71,6 +71,7 @@ def test_bad_lines_are_told_by_number_and_the_others_answered(
         {"prompt": "x" * 99999},
         {"messages": []},
         {"messages": [{"role": "user"}]},
+        {"messages": "hi"},
         b'{"prompt": "a\xff"}',
         b'{"prompt": "\\ud800"}',
         b"[" * 100_000,
@@ -80,11 +81,11 @@ def test_bad_lines_are_told_by_number_and_the_others_answered(
     path, out = written(tmp_path, *lines), tmp_path / "out.jsonl"
     assert main(["generate", "--jsonl", str(path), "--out", str(out), *model]) == 1
     found = records(out)
-    assert [r["line"] for r in found if "text" in r] == [1, 18]
-    assert [r["line"] for r in found if "error" in r] == [*range(2, 17)]
+    assert [r["line"] for r in found if "text" in r] == [1, 19]
+    assert [r["line"] for r in found if "error" in r] == [*range(2, 18)]
     assert found[0]["text"] == nano_llm.generate(CHAT, SamplingParams(max_tokens=8))[0].text
     err = capsys.readouterr().err
-    assert [n for n in range(2, 17) if f"in.jsonl, line {n}: " not in err] == []
+    assert [n for n in range(2, 18) if f"in.jsonl, line {n}: " not in err] == []
     assert "Traceback" not in err
     for part in ("max_tokens=0", "did you mean max_tokens?", "did you mean prompt?", "a list is no request", "UTF-8"):
         assert part in err
