@@ -18,7 +18,7 @@ from dlx.config import Config, bind, buckets, geometry
 from dlx.errors import ModelError
 from dlx.graphs import buffer, canvas, loop, own, prefill, sequence, shapes
 from dlx.graphs.capture import Graphs
-from dlx.graphs.either import LONG, Either, each
+from dlx.graphs.either import LONG, Either, both
 from dlx.graphs.step import Ids, step_
 from dlx.models.card import Card
 from dlx.models.gemma.network import DiffusionGemma
@@ -58,6 +58,9 @@ class Worker:
         self.max_len = geometry(config, self.card, self.L).max_len
         self.step = self.policy.step  # prompts are prefilled in blocks of it: 1 is causal
         self.shapes = buckets(config, self.card, self.policy)
+        windows = self.policy.turn is None and self.policy.canvas is None
+        # steps are two forwards; not if other rows must not decide how one is computed
+        self.either = windows and self.L >= LONG and not config.batch_invariant
         self._flights: deque[flight.Flight] = deque()
         self.kv: tuple[Tensor, ...] = ()
         self.net = network.load(config, self.card, raw, self.device)
@@ -80,7 +83,7 @@ class Worker:
             self._allocate_rows()
             most, graphs = config.max_num_seqs * self.shapes.W, 0
             if config.graphs == "capture":
-                scopes = 2 if turn is None else len(turn.scopes)  # an Either is two
+                scopes = 1 + self.either if turn is None else len(turn.scopes)
                 graphs = scopes * len(self.shapes.rows) + len(self.shapes.tokens)
             self.num_pages = config.num_pages or memory.pages(
                 self.device, each, most, self.shapes.W, config.gpu_memory_utilization, graphs, self._rehearse
@@ -106,7 +109,7 @@ class Worker:
             if self.policy.turn is None or not self.policy.turn.full:
                 prefill.prefill_(self.step, self.net, self.prompts[T], self.kv)
             for scope, C in self._scopes((T,)):
-                each(lambda step: step(), self._step(loop.rows(self.sent, B), scope, C)[0])
+                both(lambda step: step(), self._step(loop.rows(self.sent, B), scope, C)[0])
             self.kv = ()
 
     def _allocate_rows(self) -> None:
@@ -166,7 +169,7 @@ class Worker:
 
     @torch.no_grad()
     def prepare(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Make the graphs of these buckets, the largest first, and run each once, while no row decodes."""
+        """Make the graphs of these buckets, the largest first, and run what is made once, while no row decodes."""
         with self._there:
             for T in sorted(tokens, reverse=True) if self.policy.turn is None or not self.policy.turn.full else ():
                 self.graphs.replay(self._prefill_graph(T))
@@ -254,11 +257,11 @@ class Worker:
             self.buf.done.fill_(True)
             sent = loop.rows(self.sent, B)
             step, busy = self._step(sent, scope, C)
-            step = each(marked, step) if self.config.graphs == "off" else step
+            step = both(marked, step) if self.config.graphs == "off" else step
             try:
                 if self.looped:
                     begin = partial(loop.begin_, sent, buffer.rows(self.buf, B), busy)
-                    turn = each(lambda step: partial(loop.turn_, step, busy, sent), step)
+                    turn = both(lambda step: partial(loop.turn_, step, busy, sent), step)
                     self.graphs.add_loop(key, begin, turn, sent, self.config.unroll)
                 else:
                     self.graphs.add(key, step)
@@ -280,7 +283,7 @@ class Worker:
             step = partial(canvas.canvas_, self.policy, self.ids, self.net, view, soft, self.kv, out)
         else:
             step = partial(step_, self.policy, self.ids, self.net, view, self.kv, out)
-            if self.L >= LONG and not self.config.batch_invariant:  # other rows must not decide how one is computed
+            if self.either:
                 step = Either(step, partial(step, commits=False), view.whole, view.done)
         return step, partial(loop.running, view)
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlx.bench.scene import Stand, taken
 from dlx.graphs.capture import Graphs
+from dlx.graphs.either import commits
 from dlx.ops import OPS
 from dlx.ops.op import Cost
 
@@ -67,16 +68,16 @@ def names(net: torch.nn.Module) -> dict[int, str]:
 
 
 @torch.no_grad()
-def calls(at: Stand, wide: bool | None = None) -> list[Call]:
+def calls(at: Stand, committing: bool | None = None) -> list[Call]:
     """The calls of one forward, in order, from running it eagerly on the rows as they stand.
 
-    wide  which of an Either; None: as the rows ask
+    committing  which of an Either's forwards; None: as the rows ask
     """
     worker = at.worker
     ready, plan = worker.graphs, at.scheduler.plan()
     assert plan is not None, "rows run"
     worker.graphs = Graphs("off", worker.device)
-    worker.graphs.wide = wide
+    worker.graphs.commits = commits(worker.buf.whole, worker.buf.done) if committing is None else committing
     try:
         with Calls(names(worker.net)) as noted:
             worker.launch(plan)

@@ -160,13 +160,13 @@ def idle(alone_ms: float | None, done: Decoded, found: Trace | None) -> dict[str
 def kernels(worker: Worker, key: Hashable, found: Trace | None) -> dict[str, Any]:
     """Kernels of a step by name, in all, and of one layer; None where there is no GPU to see them on.
 
-    In a WHILE node one more asks whether to go on; a trace does not see it.
+    In a WHILE node one more asks whether to go on; the turn that is traced is no part of it.
     """
     if found is None:
         return {"kernels_per_step": None, "kernels_per_layer": None, "kernels": None}
     table, asks = found.table(), int(worker.graphs.routes.get(key) == "while")
     return {
-        "kernels_per_step": round(sum(row["n"] for row in table)) + asks,
+        "kernels_per_step": sum(row["n"] for row in table) + asks,
         "kernels_per_layer": a_layer(table, worker.card.layers),
         "kernels": table,
     }

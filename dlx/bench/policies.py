@@ -1,8 +1,9 @@
 """What a policy's own rules cost in a step: each beside a forced schedule of the same window, in one run.
 
-A forward's time does not depend on how many tokens it accepts: every shape is static, and what is attended to follows
-from where the window stands. So that every forward timed is the same one, the rows are put back before each of them to
-one state, behind the same context; a policy and its counterpart take turns. What differs is their rules alone.
+A forward's time does not depend on how many tokens it accepts: shapes are static, what is attended to follows from
+where the window stands, and no block commits in it. So that every forward timed is the same one, the rows are put back
+before each of them to one state, behind the same context; a policy and its counterpart take turns. What differs is
+their rules alone.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ def roofline(scene: Scene, how: How, command: str) -> dict[str, Any]:
         with torch.no_grad():
             ms = spread(intervals(at.turn, STEPS, worker.device))
             run = trace(at.turn) if on_gpu else None
-        at.rewind()
-        at.plain()
-        found = calls(at)
+            at.rewind()
+            at.plain()
+        found = calls(at, worker.graphs.commits)
         wanted = launched(found) if run else None
     rows = table(found, rates, run, wanted)
     floor_us = sum(row["floor_us"] for row in rows)

@@ -148,11 +148,18 @@ class Stand(NamedTuple):
         self.worker.graphs.turn(self.key)
 
     def plain(self) -> None:
-        """Run forwards until no block only commits, as in most, or those of a block; waits for the device."""
+        """Run forwards until no block only commits; at most L of them, where rows commit in turns."""
         buf = self.worker.buf
         for _ in range(self.worker.L):
-            if commits(buf.whole, buf.done):
-                self.turn()
+            if not commits(buf.whole, buf.done):
+                break
+            self.turn()
+
+    def committing(self) -> None:
+        """Have every row's first block commit in the next forward, back behind its context."""
+        self.rewind()
+        self.worker.buf.whole[:, 0].fill_(True)
+        self.worker.buf.open.fill_(2)
 
     def leave(self) -> None:
         """Drop the requests: their slots are free."""

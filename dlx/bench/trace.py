@@ -52,7 +52,7 @@ class Trace(NamedTuple):
         return [self.kernels[i:end] for i, end in zip(starts, [*starts[1:], None], strict=True)]
 
     def steps(self) -> list[list[Owned]]:
-        """Those of the calls of the commonest kind; [] where calls differ that have no choice."""
+        """Those of the calls of the commonest kind; [] if calls differ though the graph has no choice."""
         kinds = Counter(tuple(k.name for k in call) for call in self.calls())
         if len(kinds) > 1 and not self.kernels[0].name.startswith(CHOICE):
             return []
@@ -75,14 +75,15 @@ class Trace(NamedTuple):
         return [(runs[0].name, sum(k.own_us for k in runs) / len(runs)) for runs in zip(*steps, strict=True)]
 
     def table(self) -> list[dict[str, Any]]:
-        """Kernels by name, the costliest first: launches and own microseconds a call."""
+        """Kernels by name, the costliest first: launches of a call of the commonest kind, own microseconds a call."""
         rows: dict[str, dict[str, Any]] = {}
         for k in self.kernels:
             row = rows.setdefault(k.name, {"name": k.name[:NAME], "n": 0, "us": 0.0})
             row["n"] += 1
             row["us"] += k.own_us / self.n
-        for row in rows.values():
-            row["n"] = row["n"] / self.n if row["n"] % self.n else row["n"] // self.n
+        common = Counter(k.name for k in self.steps()[0]) if self.steps() else None
+        for name, row in rows.items():
+            row["n"] = row["n"] / self.n if common is None else common[name]
         return sorted(rows.values(), key=lambda row: -row["us"])
 
 

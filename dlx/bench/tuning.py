@@ -85,7 +85,8 @@ def searched(
     with there(worker.device):
         at = stand(worker, scene)
         wanted = {key: each for key, each in asks(at, ops).items() if key not in done}
-        for i, (key, (ask, again, worker.graphs.wide)) in enumerate(wanted.items()):
+        for i, (key, (ask, again, commits)) in enumerate(wanted.items()):
+            worker.graphs.commits = commits
             now, known = time.monotonic(), recorded(*ask)
             took = partial(timed_under, at, chosen, key, again, results(again, chosen))
             config, times = search(ask, took, now + (deadline - now) / (len(wanted) - i), known, GAIN)
@@ -94,17 +95,17 @@ def searched(
                 config, best = ask.default, own
             chosen[key] = config
             done.add(key)
-            yield ask, config, {"step_ms": round(best, 4), "default_step_ms": round(own, 4)}, times
+            yield ask, config, {"step_ms": round(best, 4), "default_step_ms": round(own, 4), "commits": commits}, times
 
 
 def asks(at: Stand, ops: Collection[str]) -> dict[Key, tuple[Ask, Again, bool]]:
-    """What the calls of these ops in one forward ask for, a call that asks for it, and of which forward it is: the one
-    in which no block commits, or the wide one."""
+    """What the calls of these ops ask for in one forward, then in one in which blocks commit where that is another: a
+    call that asks for it, and whether it is of the latter."""
     out: dict[Key, tuple[Ask, Again, bool]] = {}
-    for wide in (False, True):
-        for call in calls(at, wide):
+    for commits in (False, True):
+        for call in calls(at, commits):
             for ask in asked(lambda _, again=call.again: again()) if call.op in ops else ():
-                out.setdefault((ask.op, ask.key), (ask, call.again, wide))
+                out.setdefault((ask.op, ask.key), (ask, call.again, commits))
     return out
 
 
@@ -140,7 +141,13 @@ def between(at: Stand, *under: Mapping[Key, Any]) -> list[float]:
 
 
 def step(at: Stand, chosen: Mapping[Key, Any]) -> torch.cuda.CUDAGraph:
-    """A few forwards, captured."""
+    """A few forwards, captured; if of those in which blocks commit, one does in each."""
+
+    def forward(_: int) -> None:
+        if at.worker.graphs.commits:
+            at.committing()
+        at.turn()
+
     at.rewind()
     with answering(answer(chosen)):
-        return captured(lambda _: at.turn(), 1, FORWARDS)
+        return captured(forward, 1, FORWARDS)

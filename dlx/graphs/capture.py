@@ -6,14 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from triton.errors import TritonError
 
 from dlx.errors import ConfigError
-from dlx.graphs.either import Either, commits, each
+from dlx.graphs.either import Either, both, commits
 from dlx.graphs.loop import Launch, unrolled
 from dlx.graphs.modes import Mode
 from dlx.graphs.nodes import Nodes
@@ -24,7 +24,13 @@ Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as o
 ALIASING = "check_custom_op_aliasing"  # a setting of torch; not of every version
 MOST_GRAPHS = 1 << 16  # of one function and process
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
-REFUSED = (ImportError, AttributeError, RuntimeError, TritonError)  # what a driver without conditional nodes raises
+REFUSED = (
+    ImportError,
+    AttributeError,
+    RuntimeError,
+    TypeError,
+    TritonError,
+)  # what a driver without conditional nodes raises
 
 
 class Graphs:
@@ -38,13 +44,13 @@ class Graphs:
             raise ConfigError(f"graphs='capture' needs a CUDA device, not {device}; use 'compile' or 'off'")
         self.mode = mode
         self.device = device
-        self.wide = None if device.type == "cpu" else True  # which of an Either the host runs; None: as the rows ask
+        # whether an Either's committing forward runs; None: where a row asks for it, as the device or a CPU's host sees
+        self.commits = None if mode == "capture" or device.type == "cpu" else True
         self.compiled: Callable[[Callable[[], None]], Callable[[], Any]] = compiled  # a pack brings another
         self._run: dict[Hashable, Callable[[], None]] = {}
         self._turns: dict[Hashable, Callable[[], None]] = {}  # of loops
         self.routes: dict[Hashable, Route] = {}
         self.dropped: set[Hashable] = set()  # there was no memory to capture these: they are compiled alone
-        self._kept: list[object] = []
         self._side: torch.cuda.Stream | None = None  # of all warm-ups: cuBLAS keeps a workspace a stream
         self._pool = torch.cuda.graph_pool_handle() if mode == "capture" else None
 
@@ -60,12 +66,12 @@ class Graphs:
             self._run[key] = host
             return
         with self._or(key, host):
-            self._run[key] = self._joined(each(self._graph, ready))
+            self._run[key] = self._joined(both(self._graph, ready))
             log.info("captured %s in %.1f s", key, time.monotonic() - began)
 
     def add_loop(
         self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None] | Either, launch: Launch, unroll: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Make a launch of several turns replayable as `key`; `unroll` keeps the turns apart, for profiles."""
         self.routes[key] = "unrolled"
         begin, turn = self._compiled(begin), self._compiled(turn)
@@ -77,56 +83,62 @@ class Graphs:
             self._capture_loop(key, begin, turn, launch, unroll)
 
     def _compiled(self, fn: Any) -> Any:
-        """A function ready to run, or both of an Either: the one that is rare is compiled now, not when it comes."""
+        """A function, or both of an Either, ready to run; the committing one alone where the other never runs."""
         if self.mode == "off":
             return fn
-        ready = each(self.compiled, fn)
-        if isinstance(ready, Either) and self.wide is None:
-            ready.wide()
+        if self.commits and isinstance(fn, Either):
+            fn = fn.committing
+        ready = both(self.compiled, fn)
+        if isinstance(ready, Either) and self.mode == "compile":
+            ready.committing()  # it is rare: compiled now, not when it comes
         return ready
 
     def _by_host(self, turn: Callable[[], None] | Either) -> Callable[[], None]:
-        """A turn without a choice on the device, for whose rows the host would have to wait."""
+        """A turn without a choice on the device, whose rows the host reads on a CPU alone."""
         if not isinstance(turn, Either):
             return turn
 
         def run() -> None:
-            wide = commits(turn.whole, turn.done) if self.wide is None else self.wide
-            (turn.wide if wide else turn.narrow)()
+            asked = self.commits
+            if asked is None:
+                asked = self.device.type != "cpu" or commits(turn.whole, turn.done)
+            (turn.committing if asked else turn.plain)()
 
         return run
 
     def _capture_loop(
         self, key: Hashable, begin: Callable[[], None], turn: Callable[[], None] | Either, launch: Launch, unroll: bool
-    ) -> None:  # fmt: skip
-        first, step = self._graph(begin), each(self._graph, turn)
-        alone = cache(lambda: self._joined(step))
-        self._turns[key] = lambda: alone()()
-        if not unroll:
-            try:
-                loop = Nodes(step, first, launch)
-            except REFUSED as error:
-                log.warning("no loop on the device, turns are launched one by one: %s", error)
-            else:
-                self._kept.append(loop)
-                self._run[key], self.routes[key] = loop.replay, "while"
-                return
-        first.instantiate()
-        self._run[key] = unrolled(first.replay, alone(), launch)
+    ) -> None:
+        first, step = self._graph(begin), both(self._graph, turn)
+        self._turns[key] = alone = _late(partial(self._joined, step))
+        nodes = None if unroll else self._nodes(step, first, launch)
+        if nodes:
+            self._run[key], self.routes[key] = nodes.replay, "while"
+        else:
+            first.instantiate()
+            self._run[key] = unrolled(first.replay, alone, launch)
 
     def _joined(self, turn: torch.cuda.CUDAGraph | Either) -> Callable[[], None]:
         """A captured turn as one launch; the device chooses between the forwards of an Either."""
-        if isinstance(turn, Either):
-            try:
-                chosen = Nodes(turn)
-            except REFUSED as error:
-                log.warning("no choice on the device, so that all places are computed in each forward: %s", error)
-            else:
-                self._kept.append(chosen)
-                return chosen.replay
-        graph = turn.wide if isinstance(turn, Either) else turn
+        nodes = self._nodes(turn) if isinstance(turn, Either) else None
+        if nodes:
+            return nodes.replay
+        graph = turn.committing if isinstance(turn, Either) else turn
         graph.instantiate()
         return graph.replay
+
+    def _nodes(self, turn: torch.cuda.CUDAGraph | Either, *loop: Any) -> Nodes | None:
+        """Captured parts joined on the device; None where that is refused. A loop without a choice is better than
+        none."""
+        try:
+            return Nodes(turn, *loop)
+        except REFUSED as error:
+            if not isinstance(turn, Either):
+                log.warning("no loop on the device, turns are launched one by one: %s", error)
+                return None
+            self.commits = True  # of graphs to come too
+            log.warning("no choice on the device, every forward computes all places: %s", error)
+        return self._nodes(turn.committing, *loop) if loop else None
 
     def replay(self, key: Hashable) -> None:
         """Run the graph of `key` on the current stream."""
@@ -167,8 +179,13 @@ class Graphs:
         # what other threads do meanwhile, with a model of their own, say, is none of the capture's business
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             fn()
-        self._kept.append(graph)
         return graph
+
+
+def _late(make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """Made when it is first run."""
+    made = cache(make)
+    return lambda: made()()
 
 
 def short(error: BaseException | None) -> bool:

@@ -1,6 +1,6 @@
-"""One executable CUDA graph of captured parts and conditional nodes, which kernels among them tell what to do.
+"""One executable CUDA graph of captured parts and conditional nodes; kernels among them set the conditions.
 
-IF     a turn that is an Either: the wide forward if a row has a block that only commits, else the narrow one
+IF     a turn that is an Either: the committing forward if a row has a block that only commits, else the plain one
 WHILE  turns of a loop, until `loop.again` says no
 """
 
@@ -19,7 +19,7 @@ from dlx.graphs.either import Either
 from dlx.graphs.loop import Launch
 from dlx.ops.op import power_of_two
 
-CHOICE = "_set_wide"  # the kernel that runs before an Either's forward
+CHOICE = "_set_commits"  # the kernel that runs before an Either's forward
 
 
 @core.extern
@@ -49,14 +49,14 @@ def _set_again(handle_ptr, on_ptr, left_ptr, epoch_ptr, halt_ptr, AFTER: tl.cons
 
 
 @triton.jit
-def _set_wide(handle_ptr, whole_ptr, done_ptr, B, places, BLOCK: tl.constexpr):
+def _set_commits(handle_ptr, whole_ptr, done_ptr, B, places, BLOCK: tl.constexpr):
     """Tell the IF node whether a row has a block that only commits."""
     row = tl.arange(0, BLOCK)
     whole = tl.load(whole_ptr + row * places, mask=row < B, other=0).to(tl.int32)
     done = tl.load(done_ptr + row, mask=row < B, other=1).to(tl.int32)
-    wide = tl.max(whole & (1 - done), 0)
+    asked = tl.max(whole & (1 - done), 0)
     if _thread() == 0:
-        _set_conditional(tl.load(handle_ptr), wide)
+        _set_conditional(tl.load(handle_ptr), asked)
 
 
 class Nodes:
@@ -78,6 +78,7 @@ class Nodes:
         self.rt: Any = runtime
         self.kept: list[object] = [turn, begin, launch]
         self.graph = self._did("cudaGraphCreate", 0)
+        self._finally(runtime.cudaGraphDestroy, self.graph)
         if launch is None:
             self._turn(self.graph, turn)
         else:
@@ -87,12 +88,14 @@ class Nodes:
             _, (body,) = self._conditional(self.graph, asked, raw, "While", 1)
             self._kernel(body, self._turn(body, turn), _set_again, *told, True)
         self.exec = self._did("cudaGraphInstantiate", self.graph, 0)
-        for destroy, what in ((runtime.cudaGraphDestroy, self.graph), (runtime.cudaGraphExecDestroy, self.exec)):
-            weakref.finalize(self, destroy, what).atexit = False  # the driver is gone by then
+        self._finally(runtime.cudaGraphExecDestroy, self.exec)
 
     def replay(self) -> None:
         """Send the launch on the current stream."""
         self._did("cudaGraphLaunch", self.exec, torch.cuda.current_stream().cuda_stream)
+
+    def _finally(self, destroy: Any, what: Any) -> None:
+        weakref.finalize(self, destroy, what).atexit = False  # the driver is gone by then
 
     def _did(self, name: str, *args: Any) -> Any:
         error, *rest = getattr(self.rt, name)(*args)
@@ -107,8 +110,8 @@ class Nodes:
         raw, handle = self._handle(graph)
         B, places = turn.whole.shape
         told = handle, turn.whole, turn.done, B, places, power_of_two(B)
-        node, bodies = self._conditional(graph, self._kernel(graph, None, _set_wide, *told), raw, "If", 2)
-        for body, part in zip(bodies, (turn.wide, turn.narrow), strict=True):  # what is true comes first
+        node, bodies = self._conditional(graph, self._kernel(graph, None, _set_commits, *told), raw, "If", 2)
+        for body, part in zip(bodies, (turn.committing, turn.plain), strict=True):  # if true; if not
             self._child(body, part)
         return node
 
@@ -132,7 +135,8 @@ class Nodes:
         params.conditional.type = getattr(self.rt.cudaGraphConditionalNodeType, f"cudaGraphCondType{kind}")
         params.conditional.size = size
         self.kept.append(params)
-        node = self._did("cudaGraphAddNode", graph, [after], None, 1, params)
+        add = "cudaGraphAddNode_v2" if hasattr(self.rt, "cudaGraphAddNode_v2") else "cudaGraphAddNode"  # CUDA 12; 13
+        node = self._did(add, graph, [after], None, 1, params)
         return node, params.conditional.phGraph_out[:size]
 
     def _kernel(self, graph: Any, after: Any, kernel: Any, *args: Any) -> Any:
@@ -144,7 +148,7 @@ class Nodes:
         relaxed = self.rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._did(
             "cudaStreamBeginCaptureToGraph", stream.cuda_stream, graph, behind or None, None, len(behind), relaxed
-        )  # fmt: skip
+        )
         try:
             with torch.cuda.stream(stream):
                 kernel[(1,)](*args, num_warps=1)

@@ -1,4 +1,4 @@
-"""Which blocks a forward computes, and how they lie: all places of every row, or only blocks that have work, packed.
+"""Which blocks a forward computes, and how they lie: the first places of every row, or blocks that have work, packed.
 
 A window has a place more than may decode, so that a block commits without a forward of its own; at one request that
 place is free, from some hundred positions on it is not. Packed, the device fills a fixed number of seats with the
@@ -112,8 +112,9 @@ class Packed(NamedTuple):
 
 
 def layout(buf: BlockBuffer, taken: Tensor, room: int | None, given: Tensor | None, places: int) -> Every | Packed:
-    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or with so many places a row.
+    """How the first `taken` [B] places of each row lie in a forward with `room` seats, or without.
 
-    given  [B] int32  None, or where each row's prompt ends, which sees itself whole; 0 if none of the row is computed
+    places         of each row that are computed where there are no seats
+    given   [B] int32  None, or where each row's prompt ends, which sees itself whole; 0 if none of the row is computed
     """
     return Every.of(buf, taken, given, places) if room is None else Packed.of(buf, taken, room, given)

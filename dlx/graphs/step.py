@@ -55,7 +55,7 @@ def step_(
     kv   one tensor a layer [2, P, S, G, D]; written
     out  [B, N·L + FACTS] int32, an Outbox packed; written
     at   told the verb of each part as it begins; for profiles of eager steps
-    commits  a row may have a block that only commits; if not, N places are computed (see graphs/either.py)
+    commits  whether N + 1 places are computed; False only where `either.commits` is False
     """
     new, outbox = denoise(policy, ids, net, buf, kv, at, commits)
     for old, value in (*zip(buf[:-1], new[:-1], strict=True), *((old, new.mem[k]) for k, old in buf.mem.items())):
@@ -163,8 +163,9 @@ class Cut(NamedTuple):
     def back(self, x: Tensor, part: Tensor) -> Tensor:
         """x [B, N+1, …] with its N places replaced by `part` [B, N, …]."""
         early = torch.cat((part, x[:, -1:]), 1)
-        late = torch.cat((x[:, :1], part), 1)
-        return early if self.ahead is None else torch.where(_as(self.ahead, x), late, early)
+        if self.ahead is None:
+            return early
+        return torch.where(_as(self.ahead, x), torch.cat((x[:, :1], part), 1), early)
 
 
 def _as(row: Tensor, x: Tensor) -> Tensor:

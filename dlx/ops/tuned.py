@@ -4,11 +4,10 @@
                                         "configs": [{"key": [rows, …], "config": {field: value}, …}], "made": {…}}
 
 A look-up takes the exact key, else the nearest first number (rows) with the rest of the key equal: any smaller one, or
-twice as much at most; else a file's default, else the code's; of two files, this GPU's before that of a GPU of the same
-processor. What a file holds may
-only make a kernel faster or slower: no field of a configuration changes a result beyond the order in which the parts of
-a reduction are added. So a file that cannot be read, is of another GPU, op or schema, or holds an impossible entry is
-told of once, and passed over.
+twice as much at most; else a file's default, else the code's; of two files, this GPU's before that of a GPU of the
+same processor. What a file holds may only make a kernel faster or slower: no field of a configuration changes a result
+beyond the order in which the parts of a reduction are added. So a file that cannot be read, is of another GPU, op or
+schema, or holds an impossible entry is told of once, and passed over.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def usable(value: object, gpu: str, op: str, kind: type[tuple], types: tuple[typ
     configs: dict[tuple[int, ...], dict[int, Any]] = {}
     for entry in entries:
         key = entry.get("key") if isinstance(entry, dict) else None
-        if not isinstance(key, list) or not key or any(type(n) is not int or n < 0 for n in key):
+        if not isinstance(key, list) or not key or any(type(n) is not int or n < 0 for n in key) or not key[0]:
             faults.append(f"{key!r} is no key")
             continue
         fault = impossible(entry.get("config"), kind, types)

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from dlx.bench.trace import Kernel, Owned, Trace, a_layer, owned
+from dlx.graphs.nodes import CHOICE
 
 
 def test_overlapping_kernels_own_what_they_do_once_those_before_have_ended() -> None:
@@ -57,3 +58,23 @@ def test_a_trace_that_lost_a_kernel_claims_no_gaps() -> None:
 def test_kernels_of_a_layer_are_those_that_run_once_a_layer() -> None:
     table = [{"name": "mul", "n": 144}, {"name": "attend", "n": 36}, {"name": "head", "n": 1}, {"name": "odd", "n": 37}]
     assert a_layer(table, layers=36) == 4 + 1 + 1
+
+
+def chosen(*kinds: str) -> list[Owned]:
+    """Calls that begin with a choice: of two kernels of a kind, or, rare, of three."""
+    return [Owned(name, 2, 1) for kind in kinds for name in (CHOICE, kind, kind, *["sum"] * (kind == "rare"))]
+
+
+def test_calls_between_which_the_device_chooses_are_told_apart() -> None:
+    trace = Trace(chosen("plain", "plain", "rare", "plain"), 4)
+    assert [len(call) for call in trace.calls()] == [3, 3, 4, 3]
+    assert trace.mean() == [(CHOICE, 2), ("plain", 2), ("plain", 2)]
+    assert trace.between_us() == 1
+    assert {row["name"]: row["n"] for row in trace.table()} == {CHOICE: 1, "plain": 2, "rare": 0, "sum": 0}
+    assert {row["name"]: row["us"] for row in trace.table()} == {CHOICE: 2, "plain": 3, "rare": 1, "sum": 0.5}
+
+
+def test_a_trace_that_lost_a_choice_claims_no_gaps() -> None:
+    kernels = chosen("plain", "plain", "rare", "plain")
+    for lost in (kernels[1:], kernels[:3] + kernels[4:]):
+        assert Trace(lost, 4).between_us() is None and Trace(lost, 4).mean() == []

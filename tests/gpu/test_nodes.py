@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlx.graphs import loop
-from dlx.graphs.either import Either, each
+from dlx.graphs.either import Either, both
 from dlx.graphs.nodes import Nodes
 
 pytestmark = pytest.mark.gpu
@@ -23,17 +23,17 @@ def captured(fn: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def rows(B: int) -> tuple[Tensor, Tensor]:
+def rows(B: int, places: int) -> tuple[Tensor, Tensor]:
     """Which blocks are whole, and which rows are done: none."""
-    return torch.zeros(B, 2, dtype=torch.bool, device="cuda"), torch.zeros(B, dtype=torch.bool, device="cuda")
+    return torch.zeros(B, places, dtype=torch.bool, device="cuda"), torch.zeros(B, dtype=torch.bool, device="cuda")
 
 
-@pytest.mark.parametrize("B", [1, 2, 5])
-def test_an_if_node_runs_the_forward_that_the_rows_ask_for(B: int) -> None:
-    whole, done = rows(B)
+@pytest.mark.parametrize(("B", "places"), [(1, 2), (2, 2), (5, 3)])
+def test_an_if_node_runs_the_forward_that_the_rows_ask_for(B: int, places: int) -> None:
+    whole, done = rows(B, places)
     ran = torch.zeros(2, dtype=torch.int32, device="cuda")
-    both = each(captured, Either(lambda: ran[0].add_(1), lambda: ran[1].add_(1), whole, done))
-    nodes = Nodes(both)
+    turn = both(captured, Either(lambda: ran[0].add_(1), lambda: ran[1].add_(1), whole, done))
+    nodes = Nodes(turn)
 
     def after() -> list[int]:
         nodes.replay()
@@ -49,20 +49,20 @@ def test_an_if_node_runs_the_forward_that_the_rows_ask_for(B: int) -> None:
 
 
 def test_each_turn_of_a_loop_chooses_anew() -> None:
-    whole, done = rows(1)
+    whole, done = rows(1, 2)
     ran = torch.zeros(2, dtype=torch.int32, device="cuda")
     launch = loop.allocate(1, 4, 8, torch.device("cuda"))
 
-    def wide() -> None:
+    def committing() -> None:
         ran[0].add_(1)
         whole[0, 0].fill_(False)
 
-    def narrow() -> None:
+    def plain() -> None:
         ran[1].add_(1)
         whole[0, 0].copy_(ran[1] % 3 == 0)  # every third one leaves a block to commit
 
     begin = captured(lambda: launch.on.fill_(1))
-    nodes = Nodes(each(captured, Either(wide, narrow, whole, done)), begin, launch)
+    nodes = Nodes(both(captured, Either(committing, plain, whole, done)), begin, launch)
     for forwards, seen in ((3, [0, 3]), (1, [1, 3]), (7, [2, 9])):
         launch.left.fill_(forwards)
         launch.epoch.fill_(1)

@@ -20,6 +20,7 @@ def test_what_a_step_asks_for_is_searched_and_recorded(tiny: Path, tmp_path: Pat
     tune([Scene(tiny, 16, 256, 1, 4)], ["linear"], 20.0, tmp_path, trials, "python tune")
     record = json.loads((tmp_path / slug(torch.cuda.get_device_name()) / "linear.json").read_text())
     entries = {tuple(entry["key"]): entry for entry in record["configs"]}
-    assert {(key[0], key[1]) for key in entries} == {(32, 0), (32, 1), (32, 2)}  # two blocks of 16; three kinds
+    assert {(key[0], key[1]) for key in entries} == {(rows, kind) for rows in (16, 32) for kind in range(3)}
+    assert all(entry["commits"] == (key[0] == 32) for key, entry in entries.items())  # then there are two blocks of 16
     assert all(0 < entry["step_ms"] <= entry["default_step_ms"] for entry in entries.values())
     assert len({line for line in trials.read_text().splitlines() if json.loads(line)["us"]}) > 3 * len(entries)

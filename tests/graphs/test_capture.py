@@ -12,7 +12,7 @@ from dlx import LLM, ConfigError, SamplingParams
 from dlx.config import Config
 from dlx.graphs import capture, loop
 from dlx.graphs.capture import Graphs
-from dlx.graphs.either import Either, each
+from dlx.graphs.either import Either, both
 from dlx.worker import Worker
 
 PROMPTS = [[{"role": "user", "content": q}] for q in ("12 + 34 =", "57 + 61 =", "12 + 34 + 56 =", "88 + 11 + 45 =")]
@@ -56,7 +56,7 @@ def test_making_a_graph_in_mid_flight_touches_no_row(nano: Path, policy: str, mo
         """As a capture does: the function runs before it is there to be replayed, or both."""
         made.append(key)
         for _ in range(2):
-            each(lambda run: run(), fn)
+            both(lambda run: run(), fn)
         add(self, key, fn)
 
     monkeypatch.setattr(Graphs, "add", warmed)
@@ -83,7 +83,7 @@ class Short(Graphs):
         self.mode = "capture"
         self.ended = ended  # else the capture cannot be ended either, and that is what is raised
 
-    def _graph(self, fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
+    def _graph(self, fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
         try:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         finally:
@@ -131,7 +131,7 @@ def test_a_loop_without_memory_for_its_graph_runs_turn_by_turn(cuda: None) -> No
 def test_another_error_of_a_capture_is_raised(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = Short(ended=True)
 
-    def broken(fn: Callable[[], None], keep: bool = False) -> torch.cuda.CUDAGraph:
+    def broken(fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(graphs, "_graph", broken)

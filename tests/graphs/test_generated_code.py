@@ -93,8 +93,8 @@ def test_the_layers_are_one_op_and_the_cache_is_never_copied(
 
 def test_a_layer_is_six_kernels(nano: Path) -> None:
     worker = Worker(Config.from_args(nano, "single_bd", "off", device="cpu", max_num_seqs=1, max_model_len=256))
-    both, _ = worker._step(loop.rows(worker.sent, 1), 0, 0)
-    for step in (both.wide, both.narrow):
+    turn, _ = worker._step(loop.rows(worker.sent, 1), 0, 0)
+    for step in (turn.committing, turn.plain):
         with torch.no_grad(), Ops() as ran:
             step()
         assert ran.names == ["positions", *LAYER * worker.card.layers, "candidates"]

@@ -272,9 +272,9 @@ def test_a_step_that_is_compiled_has_no_ranges(nano: Path, monkeypatch: pytest.M
     w = worker.Worker(config)
     monkeypatch.setattr(w.graphs, "add", lambda key, fn: made.append(fn))
     w._step_graph(1)
-    (both,) = made
-    assert both.wide.func is both.narrow.func is step_
-    assert (both.wide.keywords, both.narrow.keywords) == ({}, {"commits": False})
+    (turn,) = made
+    assert turn.committing.func is turn.plain.func is step_
+    assert (turn.committing.keywords, turn.plain.keywords) == ({}, {"commits": False})
 
 
 def test_the_command_prints_the_table(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

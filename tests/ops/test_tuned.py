@@ -163,6 +163,7 @@ def test_a_corrupted_or_foreign_file_is_passed_over_with_one_warning(
         ({"key": "32", "config": config(32)}, "'32' is no key"),
         ({"key": [], "config": config(32)}, "is no key"),
         ({"key": [32, -1], "config": config(32)}, "is no key"),
+        ({"key": [0, 512, 256], "config": config(32)}, "is no key"),
         (17, "None is no key"),
     ],
 )

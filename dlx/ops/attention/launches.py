@@ -14,7 +14,7 @@ from dlx.ops.op import DEBUG, launch_options, locks, need, power_of_two, process
 from dlx.ops.tuned import tuned
 
 MOST_SPLITS = 64
-SHORT = 2048  # keys up to which sums over splits cost more than keys that are read by several programs
+SHORT = 2048  # keys up to which sums over more than a few splits cost more than keys that several programs read
 WGMMA_BYTES = 200 << 10  # GPUs with more shared memory a program than this have matmuls that read it (sm_90)
 LOG2_E = 1.4426950408889634
 
@@ -66,8 +66,8 @@ def choose(
     again = shorter or (short and rows > 32)
     again = again and (5 if shorter else 3) * programs(16) >= processors
     alone = many or again
-    some = short and rows > 32 and not alone and not fp8  # programs of 16 rows with a few splits, one a processor
-    if some or (again and not many):
+    few = short and rows > 32 and not alone and not fp8  # programs of 16 rows, with splits for one a processor
+    if few or (again and not many):
         BM, BN = 16, deep
     elif not many:
         BM = 16 if rows <= 32 else min(BM, 64)
@@ -95,7 +95,7 @@ def choose(
         for stages in pipelines(m, n)
     ]
     config = next(filter(fits, smaller), Launch(16, 16, 1, 4, 2))
-    room = 1 if alone else processors if some else 2 * processors
+    room = 1 if alone else processors if few else 2 * processors
     most = min(MOST_SPLITS, processors, -(-keys // 64), room // programs(config.BM))
     splits = power_of_two(most + 1) // 2 if most > 0 else 1
     config = config._replace(splits=splits, full=BM > 16 and (splits == 1 or rows > 64 or fp8))
