@@ -24,13 +24,8 @@ Route = Literal["while", "unrolled"]  # how a launch of several turns runs: as o
 ALIASING = "check_custom_op_aliasing"  # a setting of torch; not of every version
 MOST_GRAPHS = 1 << 16  # of one function and process
 WARM_UPS = 2  # runs before a capture: compilation, cuBLAS workspaces
-REFUSED = (
-    ImportError,
-    AttributeError,
-    RuntimeError,
-    TypeError,
-    TritonError,
-)  # what a driver without conditional nodes raises
+# what comes of a driver without conditional nodes
+REFUSED = (ImportError, AttributeError, RuntimeError, TypeError, TritonError)
 
 
 class Graphs:
@@ -128,8 +123,7 @@ class Graphs:
         return graph.replay
 
     def _nodes(self, turn: torch.cuda.CUDAGraph | Either, *loop: Any) -> Nodes | None:
-        """Captured parts joined on the device; None where that is refused. A loop without a choice is better than
-        none."""
+        """Captured parts joined on the device, of a loop without a choice if need be; None where that is refused."""
         try:
             return Nodes(turn, *loop)
         except REFUSED as error:

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-LONG = (
-    16  # tokens of a block from which on it is worth a second graph: shorter ones commit in about every other forward
-)
+LONG = 16  # tokens of a block from which on a second graph is worth it: shorter ones commit in every other forward
 
 
 class Either(NamedTuple):
