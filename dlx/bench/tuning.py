@@ -141,7 +141,7 @@ def between(at: Stand, *under: Mapping[Key, Any]) -> list[float]:
 
 
 def step(at: Stand, chosen: Mapping[Key, Any]) -> torch.cuda.CUDAGraph:
-    """A few forwards, captured; if of those in which blocks commit, one does in each."""
+    """A few forwards, captured; where those that commit are searched, each has a block that does."""
 
     def forward(_: int) -> None:
         if at.worker.graphs.commits:
