@@ -78,7 +78,7 @@ def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-@pytest.mark.parametrize("policy", ["single_bd", "multi_bd"])
+@pytest.mark.parametrize("policy", ["single_bd", pytest.param("multi_bd", marks=pytest.mark.slow)])
 def test_packed_rows_answer_as_rows_alone(policy: str, packed: str) -> None:
     rng = random.Random(5)
     mix = {"gsm": 1, "arith": 1, "sort": 1}

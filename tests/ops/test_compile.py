@@ -252,6 +252,7 @@ def test_every_feature_fits(target: Target, launches: Launches) -> None:
         assert all(kernel.shared_bytes <= target.shared_bytes for kernel in kernels), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", recorded(), ids=lambda t: t.name)
 @pytest.mark.usefixtures("pretended")
 def test_no_recorded_configuration_is_passed_over(
