@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,10 @@ def generated(make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> st
         codes.append(original(self)[0].value)
         raise Read
 
-    monkeypatch.setattr(GraphLowering, "codegen", codegen)
-    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(Exception, match="Read"):
-        make()
+    with monkeypatch.context() as patch, torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        patch.setattr(GraphLowering, "codegen", codegen)
+        with pytest.raises(Exception, match="Read"):
+            make()
     torch._dynamo.reset()
     return codes[0][codes[0].index("def call(") :]
 
@@ -82,13 +82,15 @@ def test_the_layers_are_one_op_and_the_cache_is_never_copied(
         nano, policy, "compile", device="cpu", max_num_seqs=1, max_model_len=2048, kv_cache_dtype=kind
     )
     worker = Worker(config)
-    code = generated(partial(worker._step_graph, 1), monkeypatch)  # of all places, which are compiled first
-    names = called(code)
-    few = worker.L * (worker.policy.N + 1) <= 64
-    layers = ["narrow_layers"] if few else ["wide_layers", *LAST]
-    assert [name for name in names if name != "cpp_fused"] == ["positions", *layers, "candidates"]
-    assert len(names) <= (12 if few else 20)  # open, look, decide and commit among them
-    assert largest(code) < worker.kv[0].numel()
+    turn, _ = worker._step(loop.rows(worker.sent, 1), 0, 0)
+    for step, places in ((turn.committing, worker.policy.N + 1), (turn.plain, worker.policy.N)):
+        code = generated(worker.graphs.compiled(step), monkeypatch)
+        names = called(code)
+        few = worker.L * places <= 64
+        layers = ["narrow_layers"] if few else ["wide_layers", *LAST]
+        assert [name for name in names if name != "cpp_fused"] == ["positions", *layers, "candidates"]
+        assert len(names) <= (12 if few else 20)  # open, look, decide and commit among them
+        assert largest(code) < worker.kv[0].numel()
 
 
 def test_a_layer_is_six_kernels(nano: Path) -> None:
